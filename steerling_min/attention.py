@@ -1,0 +1,122 @@
+"""Attention: who may look at whom (the mask), where they sit (rotary), and the look itself.
+
+Dimension letters used in every file:
+  B batch   T tokens   D width (n_embd)   V vocabulary   S diffusion block
+  H query heads   G key/value heads   d head size (D / H)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import Config
+from .norm import RMSNorm
+
+
+def block_causal_mask(query: Tensor, key: Tensor, S: int) -> Tensor:
+    """Which keys each query sees: those of its own block and of the blocks before it.
+
+    Positions are absolute, counted from the start of the sequence. With S = 2 and six positions:
+
+              key 0 1 2 3 4 5
+        query 0   x x . . . .
+              1   x x . . . .      a block is bidirectional inside ...
+              2   x x x x . .
+              3   x x x x . .      ... and causal across blocks.
+              4   x x x x x x
+              5   x x x x x x
+
+    Args: query (Tq,) and key (Tk,) positions; S, the diffusion block size.
+    Returns a bool tensor (Tq, Tk), True where query i may see key j: i // S >= j // S.
+    """
+    return query[:, None] // S >= key[None, :] // S  # (Tq, Tk)
+
+
+def rotary_tables(positions: Tensor, d: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), in float32.
+
+    Pair j of a head turns by position * base^(-2j/d) radians, j < d/2. The angles are laid out
+    twice, [angles, angles], because pair j is made of the channels j and j + d/2.
+
+    Args: positions (T,); d, the head size; base, the rotary base. Returns two (T, d) tensors.
+    """
+    j = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device)  # 0, 2, ... : (d/2,)
+    inv_freq = 1.0 / base ** (j / d)
+    angles = positions.float()[:, None] * inv_freq[None, :]  # (T, d/2)
+    angles = torch.cat([angles, angles], dim=-1)             # (T, d)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn every pair of channels of x (..., T, d) by its angle; cos, sin (T, d), float32.
+
+    x * cos + [-b, a] * sin, where x = [a, b] are the two halves of d. Computed in float32
+    (`rope_full_precision`) and cast back to x's dtype.
+    """
+    a, b = x.float().chunk(2, dim=-1)  # two halves (..., T, d/2)
+    turned = torch.cat([a, b], dim=-1) * cos + torch.cat([-b, a], dim=-1) * sin
+    return turned.to(x.dtype)
+
+
+@dataclass
+class KVCache:
+    """Keys and values of all layers, for a sequence that is being written.
+
+    Attention never looks past a block, so the keys and values of positions before `length` are
+    final once no mask is left in their blocks. A forward pass given a cache runs on the tokens
+    from `length` on, writes its keys and values behind the final ones (replacing whatever an
+    earlier pass left there) and sees both. The caller, who knows the masks, moves `length`.
+    """
+
+    k: Tensor        # (n_layers, B, G, T, d)
+    v: Tensor        # (n_layers, B, G, T, d)
+    length: int = 0  # positions [0, length) are final; a multiple of S
+
+    @classmethod
+    def empty(cls, config: Config, batch: int, T: int, like: Tensor) -> "KVCache":
+        """Room for `batch` sequences of T tokens, in the dtype and on the device of `like`."""
+        shape = (config.n_layers, batch, config.kv_heads, T, config.head_dim)
+        return cls(like.new_empty(shape), like.new_empty(shape))
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, G, t, d) from `length` on; return those of positions [0, length + t)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised, rotated queries and keys."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head, self.n_kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.clip_qkv = config.clip_qkv
+        qkv = (self.n_head + 2 * self.n_kv_heads) * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, qkv, bias=False)  # D -> q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
+
+        Tk is T, or with a cache the cached positions plus T; `layer` is this layer's place in it.
+        """
+        B, T, D = x.shape
+        qkv = self.c_attn(x)  # (B, T, (H + 2G) d)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        heads = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_heads, self.n_kv_heads], dim=1)
+        q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
+        k = rotate(self.k_norm(k), cos, sin)  # (B, G, T, d)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)  # (B, G, Tk, d)
+        # softmax(q k^T / sqrt(d)) v; query head i reads key/value head i // (H / G)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.c_proj(out.transpose(1, 2).reshape(B, T, D))

@@ -1,0 +1,174 @@
+"""Checkpoints: find the folder, check every tensor against the model, then read; save atomically.
+
+A folder holds config.json and either model.safetensors or shards with an index. Everything that
+can be wrong is looked for in the files' headers, before the first weight is read.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TINY = Path(__file__).parent / "tiny"  # the bundled checkpoint
+INDEX = "model.safetensors.index.json"
+TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
+
+
+def find_checkpoint(name: str | Path | None) -> Path:
+    """The folder that `name` means: None the bundled model, a folder, or a cached hub id.
+
+    Raises FileNotFoundError; for a hub id that is not cached it gives the download command.
+    """
+    if name is None:
+        return TINY
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+        raise FileNotFoundError(f"no checkpoint folder at {name}")
+    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    repo = cache / f"models--{str(name).replace('/', '--')}"
+    if not (repo / "refs" / "main").is_file():
+        raise FileNotFoundError(
+            f"{name} is neither a folder nor in the Hugging Face cache ({cache}); to download it: "
+            f"pip install -e \".[hub]\" && hf download {name}")
+    return repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
+
+
+def require_file(folder: Path, name: str) -> Path:
+    """folder / name, or a FileNotFoundError that says which of the two is missing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {folder}")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}")
+    return folder / name
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; ValueError when a key stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} is listed twice")
+    return found
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint: the index's, or model.safetensors."""
+    if not (folder / INDEX).is_file():
+        return [require_file(folder, "model.safetensors")]
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"),
+                           object_pairs_hook=unique_keys)
+        names = sorted(set(index["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is not a weight index: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{folder / INDEX} points outside its folder: {name!r}")
+    return [require_file(folder, name) for name in names]
+
+
+def read_header(file: Path) -> dict[str, dict]:
+    """Names, dtypes and shapes of the tensors in a safetensors file: {name: {dtype, shape}}.
+
+    The file starts with the header's length (8 bytes, little endian) and the header (JSON).
+    """
+    try:
+        with safe_open(file, framework="pt"):  # refuses a truncated or malformed file
+            pass
+        with open(file, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(size), object_pairs_hook=unique_keys)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
+    """Where each of the model's tensors is stored: {name: file}.
+
+    Raises ValueError naming a tensor that is missing, unexpected, stored twice, of the wrong shape
+    or not floating point. Of the tied pair either may be stored, or both.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {}
+    for file in files:
+        for name, stored in read_header(file).items():
+            if name not in expected:
+                raise ValueError(f"{file} has an unexpected tensor {name}")
+            if name in found:
+                raise ValueError(f"{name} is stored twice: in {found[name].name} and {file.name}")
+            if stored["shape"] != expected[name]:
+                raise ValueError(f"{name} in {file} has shape {stored['shape']}; the config "
+                                 f"makes it {expected[name]}")
+            if stored["dtype"] not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{name} in {file} has dtype {stored['dtype']}, not a float")
+            found[name] = file
+    for name in expected:
+        if name not in found and not (name in (TOK_EMB, LM_HEAD) and found.keys() & {TOK_EMB, LM_HEAD}):
+            raise ValueError(f"the checkpoint lacks the tensor {name}")
+    return found
+
+
+def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ValueError, with the gigabytes missing, when the weights cannot fit on the device."""
+    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif device.type == "cpu" and Path("/proc/meminfo").is_file():
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+    else:
+        return  # the system does not say
+    if need > free:
+        raise ValueError(
+            f"the weights take {need / 1e9:.1f} GB in {dtype} and {free / 1e9:.1f} GB are free on "
+            f"{device}: {(need - free) / 1e9:.1f} GB short; bfloat16 takes half of float32")
+
+
+def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
+
+    The files are memory-mapped: on the CPU, in the stored dtype, the parameters *are* the mapped
+    file, so that nothing is copied and a page is read when it is first used.
+    """
+    found = match_tensors(model, weight_files(folder))
+    require_memory(model, device, dtype)
+    state = {}
+    for file in sorted(set(found.values())):
+        with safe_open(file, framework="pt", device=str(device)) as f:
+            for name in f.keys():
+                state[name] = f.get_tensor(name).to(dtype)
+    tied = [state.pop(name) for name in (TOK_EMB, LM_HEAD) if name in state]
+    if not torch.equal(tied[0], tied[-1]):
+        raise ValueError(f"{folder} stores different matrices for {TOK_EMB} and {LM_HEAD}, "
+                         "which this model ties")
+    model.load_state_dict({**state, TOK_EMB: tied[0]}, strict=False, assign=True)
+    model.transformer.lm_head.weight = model.transformer.tok_emb.weight
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write model.safetensors and config.json; each appears whole or not at all."""
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds a sharded checkpoint ({INDEX}); save to another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
+             if name != LM_HEAD}
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    partial = [file.with_name(file.name + ".partial") for file in (weights, config)]
+    try:
+        save_file(state, partial[0], metadata={"format": "pt"})
+        partial[1].write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        os.replace(partial[0], weights)
+        os.replace(partial[1], config)
+    finally:
+        for file in partial:
+            file.unlink(missing_ok=True)

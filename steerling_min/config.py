@@ -1,0 +1,187 @@
+"""Every number that shapes the model, under the names the official checkpoints use.
+
+Two layouts of `config.json` are in circulation and both are read here: the hub's (one flat object)
+and the converter's (the concept fields nested under "concept"). Only the hub's is written.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+# Architecture switches that the official code offers and this one fixes. A file that asks for
+# anything else is refused, because the weights would load and the text would be silently wrong.
+FIXED = {
+    "mlp_type": "swiglu",
+    "use_rms_norm": True,
+    "norm_order": "post",
+    "use_qk_norm": True,
+    "use_rope": True,
+    "rope_full_precision": True,
+    "use_bias": False,
+    "weight_sharing": True,
+    "interpretable": True,
+    "use_unknown": True,
+    "use_attention_known": False,
+    "use_attention_unknown": False,
+    "factorize_unknown": True,
+    "apply_topk_to_unknown": True,
+    "use_epsilon_correction": True,
+    "topk_on_logits": False,
+}
+# Sizes without which a file does not describe a model; every other field has its official default.
+REQUIRED = ("n_layers", "n_head", "n_embd", "block_size", "diff_block_size", "vocab_size",
+            "n_concepts", "n_unknown_concepts")
+OPTIONAL = ("n_kv_heads", "intermediate_size", "clip_qkv", "topk_known_features",
+            "start_header_id", "end_header_id", "eot_id")  # these may be null
+
+
+@dataclass(frozen=True)
+class Config:
+    """The model's hyperparameters; the defaults are Steerling-8B's.
+
+    Raises ValueError, naming the field and its value, when the numbers do not fit together.
+    """
+
+    # backbone
+    n_layers: int = 32               # transformer blocks
+    n_head: int = 32                 # H, query heads
+    n_kv_heads: int | None = 4       # G, key/value heads, each shared by H/G query heads; None: H
+    n_embd: int = 4096               # D, width of the residual stream
+    block_size: int = 4096           # context length, in tokens
+    diff_block_size: int = 64        # S, tokens of a diffusion block: bidirectional inside
+    mlp_ratio: float = 4             # F = mlp_ratio * D ...
+    intermediate_size: int | None = None  # ... unless the hidden width F is given here
+    norm_eps: float = 1e-5           # added to the mean square in every RMSNorm
+    rope_base: float = 500_000.0     # the slowest rotary wavelength is about 2 pi * rope_base
+    clip_qkv: float | None = 10.0    # q, k, v are clamped to +- this; None: no clamp
+    # concept layer
+    n_concepts: int = 33_732         # C, known (named) concepts
+    topk_known: int = 32             # top-k handed to a training loss
+    topk_known_features: int | None = 32  # k, known concepts kept per token; None: topk_known
+    n_unknown_concepts: int = 101_196  # concepts found without labels
+    unknown_topk: int = 128          # k', unknown concepts kept per token
+    factorize_rank: int = 256        # r, rank of the unknown head
+    pad_multiple: int = 16           # stored rows of both heads are rounded up to a multiple
+    # tokens
+    vocab_size: int = 100_281        # V
+    eos_token_id: int = 100_257      # <|endoftext|>
+    pad_token_id: int = 100_277      # <|pad|>
+    bos_token_id: int = 100_278      # <|bos|>
+    endofchunk_token_id: int = 100_279  # <|endofchunk|>
+    mask_token_id: int = 100_280     # <|mask|>
+    start_header_id: int | None = None  # the instruct variant's three; None in the base model
+    end_header_id: int | None = None
+    eot_id: int | None = None        # <|eot_id|>, ends a turn
+
+    @classmethod
+    def steerling_8b(cls) -> "Config":
+        """The published 8.4-billion-parameter model."""
+        return cls()
+
+    @classmethod
+    def tiny(cls) -> "Config":
+        """The bundled model: the same architecture, small enough to train on a laptop."""
+        return cls(
+            n_layers=4, n_head=4, n_kv_heads=2, n_embd=128, block_size=256, diff_block_size=16,
+            n_concepts=24, topk_known=6, topk_known_features=6,
+            n_unknown_concepts=96, unknown_topk=12, factorize_rank=32,
+            vocab_size=512, eos_token_id=507, pad_token_id=508, bos_token_id=509,
+            endofchunk_token_id=510, mask_token_id=511,
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """d = D / H."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """G."""
+        return self.n_kv_heads or self.n_head
+
+    @property
+    def mlp_hidden(self) -> int:
+        """F, the SwiGLU's hidden width."""
+        return self.intermediate_size or int(self.mlp_ratio * self.n_embd)
+
+    @property
+    def known_topk(self) -> int:
+        """k, how many known concepts make up a token's known features."""
+        return self.topk_known_features or self.topk_known
+
+    @property
+    def token_ids(self) -> dict[str, int]:
+        """The special tokens' ids by field name; the instruct ones only where they exist."""
+        names = ("eos_token_id", "pad_token_id", "bos_token_id", "endofchunk_token_id",
+                 "mask_token_id", "start_header_id", "end_header_id", "eot_id")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name in OPTIONAL:
+                continue
+            real = field.name in ("mlp_ratio", "norm_eps", "rope_base", "clip_qkv")
+            ok = type(value) is int or (real and type(value) is float)
+            lowest = 0 if field.name in self.token_ids else 1e-30
+            require(ok and lowest <= value < float("inf"), field.name, value,
+                    "a positive number" if real else "a whole number, not negative"
+                    if lowest == 0 else "a positive whole number")
+        divides = "n_embd must be a multiple of n_head, with an even quotient (rotary pairs)"
+        require(self.n_embd % (2 * self.n_head) == 0, "n_head", self.n_head, divides)
+        require(self.n_head % self.kv_heads == 0, "n_kv_heads", self.kv_heads,
+                f"a divisor of n_head = {self.n_head}")
+        require(self.known_topk <= self.n_concepts, "topk_known_features", self.known_topk,
+                f"at most n_concepts = {self.n_concepts}")
+        require(self.unknown_topk <= self.n_unknown_concepts, "unknown_topk", self.unknown_topk,
+                f"at most n_unknown_concepts = {self.n_unknown_concepts}")
+        for name, token_id in self.token_ids.items():
+            require(token_id < self.vocab_size, name, token_id,
+                    f"below vocab_size = {self.vocab_size}")
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "Config":
+        """Build from either published layout of config.json.
+
+        Raises ValueError when a size is missing or a value asks for an architecture that this
+        implementation does not have. Keys it has no use for (`auto_map`, ...) are ignored.
+        """
+        # The nested "block_size" is the concept heads' streaming size, not the context length.
+        nested = {k: v for k, v in data.get("concept", {}).items() if k != "block_size"}
+        flat = {**data, **nested}
+        for name in REQUIRED:
+            if name not in flat:
+                raise ValueError(f"the config lacks {name}")
+        for name, only in FIXED.items():
+            require(flat.get(name, only) == only, name, flat.get(name), f"{only!r}")
+        if flat.get("concept_dim") is not None:
+            require(flat["concept_dim"] == flat["n_embd"], "concept_dim", flat["concept_dim"],
+                    f"n_embd = {flat['n_embd']}")
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in flat.items() if name in fields})
+
+    def to_dict(self) -> dict:
+        """The hub's flat layout, complete enough for the official package to read."""
+        return {"model_type": "steerling", **dataclasses.asdict(self), **FIXED,
+                "concept_dim": self.n_embd, "concept_block_size": 4096}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Config":
+        """Read a config.json; every error names the file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(data, dict) or not isinstance(data.get("concept", {}), dict):
+            raise ValueError(f"{path} does not hold a config object")
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def require(ok: bool, name: str, value, supported: str) -> None:
+    """Raise the one kind of error this file knows: the field, its value, what is supported."""
+    if not ok:
+        raise ValueError(f"{name} = {value!r} is not supported; supported: {supported}")

@@ -1,0 +1,156 @@
+"""iGuide, the concept layer between the hidden state and the logits.
+
+    hidden = known + unknown + epsilon
+
+`known` is a sum of a few named concepts' embeddings, `unknown` the same over concepts without a
+name, `epsilon` whatever the two leave over. Because the token logits are linear in this sum, each
+logit splits into one contribution per concept.
+
+With epsilon present the sum *is* the hidden state (to rounding): plain generation does not depend
+on the concept heads at all; they explain it. They start to matter when a concept's weight is
+edited (epsilon is then left out, or it would undo the edit) and during training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import Config
+
+MAX_LOGIT = 15.0  # concept logits are clamped to +- this
+
+
+def rows(n: int, multiple: int) -> int:
+    """Stored rows of a table of n concepts: n rounded up. Rows past n - 1 are padding."""
+    return -(-n // multiple) * multiple
+
+
+def weighted_sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weights * table[ids] over the last dimension, without holding the gathered rows.
+
+    Args: table (C, E); ids (B, T, k) int64; weights (B, T, k). Returns (B, T, E).
+    """
+    k = ids.shape[-1]
+    bags = F.embedding_bag(ids.reshape(-1, k), table, mode="sum",
+                           per_sample_weights=weights.reshape(-1, k).to(table.dtype))
+    return bags.view(*ids.shape[:-1], -1)
+
+
+class KnownHead(nn.Module):
+    """Concepts with names: a linear predictor, and an embedding for each."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_concepts, self.topk = config.n_concepts, config.known_topk
+        stored = rows(config.n_concepts, config.pad_multiple)
+        self.concept_predictor = nn.Linear(config.n_embd, stored, bias=False)
+        self.concept_embedding = nn.Embedding(stored, config.n_embd)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) -> (B, T, C) float32 in [-15, 15], the padding rows left out."""
+        predictor = self.concept_predictor.weight[: self.n_concepts]  # (C, D)
+        return F.linear(hidden, predictor).float().clamp(-MAX_LOGIT, MAX_LOGIT)
+
+    def features(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """ids, weights (B, T, k) -> (B, T, D), the weighted sum of concept embeddings."""
+        return weighted_sum(self.concept_embedding.weight, ids, weights)
+
+
+class UnknownHead(nn.Module):
+    """Concepts without names, three times as many, so both tables are products of rank r."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_concepts, self.topk = config.n_unknown_concepts, config.unknown_topk
+        stored = rows(config.n_unknown_concepts, config.pad_multiple)
+        r = config.factorize_rank
+        self.predictor_down = nn.Linear(config.n_embd, r, bias=False)
+        self.predictor_up = nn.Linear(r, stored, bias=False)
+        self.embedding_coef = nn.Embedding(stored, r)
+        self.embedding_basis = nn.Linear(r, config.n_embd, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, T, D) -> (B, T, C) float32 in [-15, 15], through z of r numbers per token."""
+        z = self.predictor_down(hidden)  # (B, T, r)
+        return F.linear(z, self.predictor_up.weight[: self.n_concepts]).float().clamp(
+            -MAX_LOGIT, MAX_LOGIT)
+
+    def features(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """ids, weights (B, T, k) -> (B, T, D): sum the r coefficients first, then one matmul."""
+        return self.embedding_basis(weighted_sum(self.embedding_coef.weight, ids, weights))
+
+
+def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
+                positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Set the weights of chosen concepts at chosen positions, selected there before or not.
+
+    The old weight of an edited concept becomes 0, and a column with the new one is appended.
+
+    Args: ids, weights (B, T, k); edits, concept id -> weight; positions (B, T) bool.
+    Returns ids and weights of shape (B, T, k + len(edits)).
+    """
+    for concept, value in edits.items():
+        weights = weights.masked_fill((ids == concept) & positions[..., None], 0.0)
+        ids = torch.cat([ids, torch.full_like(ids[..., :1], concept)], dim=-1)
+        weights = torch.cat([weights, value * positions[..., None]], dim=-1)
+    return ids, weights
+
+
+@dataclass
+class Decomposition:
+    """A hidden state taken apart; composed = known + unknown + epsilon."""
+
+    known: Tensor           # (B, T, D)
+    unknown: Tensor         # (B, T, D)
+    epsilon: Tensor         # (B, T, D)
+    composed: Tensor        # (B, T, D)
+    known_ids: Tensor       # (B, T, k), largest logit first
+    known_logits: Tensor    # (B, T, k) float32
+    unknown_ids: Tensor     # (B, T, k')
+    unknown_logits: Tensor  # (B, T, k') float32
+
+
+def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
+              known: dict[int, float] | None = None, unknown: dict[int, float] | None = None,
+              epsilon: str = "drop", positions: Tensor | None = None) -> Decomposition:
+    """Take hidden (B, T, D) apart into concepts, optionally editing some of their weights.
+
+    Each head keeps its top-k logits per token and weighs their embeddings by sigmoid(logit). Both
+    heads read the hidden state. epsilon = hidden - (known + unknown), before any edit.
+
+    known, unknown: concept id -> weight, an intervention. positions (B, T) bool says where it
+    applies; None means everywhere. There, epsilon "drop" leaves epsilon out; "keep" keeps the one
+    computed before the edit, so that exactly the edited concepts' contributions change. Positions
+    that are not edited are untouched.
+
+    Raises ValueError for a concept id out of range, another word for epsilon, or positions of the
+    wrong shape.
+    """
+    edits = {"known": known or {}, "unknown": unknown or {}}
+    if epsilon not in ("drop", "keep"):
+        raise ValueError(f"epsilon = {epsilon!r} is not supported; supported: 'drop', 'keep'")
+    if positions is None:
+        positions = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    if positions.shape != hidden.shape[:2] or positions.dtype != torch.bool:
+        raise ValueError(f"positions must be a bool mask of shape {tuple(hidden.shape[:2])}, "
+                         f"not {positions.dtype} of shape {tuple(positions.shape)}")
+    plain, edited, selected = {}, {}, {}
+    for name, head in (("known", known_head), ("unknown", unknown_head)):
+        for concept in edits[name]:
+            if not 0 <= concept < head.n_concepts:
+                raise ValueError(f"{name} concept {concept} does not exist; "
+                                 f"ids are 0 to {head.n_concepts - 1}")
+        logits, ids = head.logits(hidden).topk(head.topk, dim=-1)  # (B, T, k), sorted
+        weights = logits.sigmoid()
+        plain[name] = edited[name] = head.features(ids, weights)  # (B, T, D)
+        selected[name] = ids, logits
+        if edits[name]:
+            edited[name] = head.features(*set_weights(ids, weights, edits[name], positions))
+    rest = hidden - (plain["known"] + plain["unknown"])  # (B, T, D), epsilon
+    if epsilon == "drop" and any(edits.values()):
+        rest = rest.masked_fill(positions[..., None], 0.0)
+    composed = edited["known"] + edited["unknown"] + rest
+    return Decomposition(edited["known"], edited["unknown"], rest, composed,
+                         *selected["known"], *selected["unknown"])

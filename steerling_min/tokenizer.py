@@ -1,0 +1,103 @@
+"""Text to token ids and back: byte-pair encoding by tiktoken, and the model's special tokens.
+
+The 8B uses tiktoken's `cl100k_base`; the tiny model uses the same class on a rank file of its own.
+A rank file lists byte strings and their rank; encoding merges the pair of lowest rank first.
+"""
+
+import base64
+from pathlib import Path
+
+import tiktoken
+import tiktoken._educational
+
+RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
+SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order
+INSTRUCT_SPECIALS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# Words keep the space before them; runs of digits, punctuation and white space stand alone.
+TINY_PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
+
+
+class Tokenizer:
+    """Byte-pair encoding with special tokens that only ids can produce, never text.
+
+    Attributes: vocab_size, and the ids that Config names: eos_token_id, pad_token_id,
+    bos_token_id, endofchunk_token_id, mask_token_id (instruct: start_header_id, end_header_id,
+    eot_id).
+    """
+
+    def __init__(self, base: tiktoken.Encoding, instruct: bool = False):
+        """Append the special tokens to an encoding that already has <|endoftext|>."""
+        added = SPECIALS + (INSTRUCT_SPECIALS if instruct else ())
+        special = {token: base.n_vocab + i for i, token in enumerate(added)}
+        self.encoding = tiktoken.Encoding(
+            f"{base.name}_steerling", pat_str=base._pat_str,
+            mergeable_ranks=base._mergeable_ranks,
+            special_tokens={**base._special_tokens, **special})
+        self.vocab_size = self.encoding.n_vocab
+        self.eos_token_id = self.encoding.eot_token
+        self.pad_token_id, self.bos_token_id, self.endofchunk_token_id, self.mask_token_id = (
+            special[token] for token in SPECIALS)
+        if instruct:
+            self.start_header_id, self.end_header_id, self.eot_id = (
+                special[token] for token in INSTRUCT_SPECIALS)
+        self.special_ids = {self.eos_token_id, *special.values()}
+
+    @classmethod
+    def cl100k(cls, instruct: bool = False) -> "Tokenizer":
+        """The 8B's tokenizer. tiktoken downloads the rank file once and caches it.
+
+        Raises FileNotFoundError, with what to do, when there is neither network nor cache.
+        """
+        try:
+            return cls(tiktoken.get_encoding("cl100k_base"), instruct)
+        except OSError as error:  # requests' errors are OSErrors
+            raise FileNotFoundError(
+                "tiktoken could not download cl100k_base "
+                f"({type(error).__name__}); on a machine with network run python -c \"import "
+                "tiktoken; tiktoken.get_encoding('cl100k_base')\" with TIKTOKEN_CACHE_DIR set to a "
+                "folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it") from None
+
+    @classmethod
+    def from_ranks(cls, ranks: dict[bytes, int], instruct: bool = False) -> "Tokenizer":
+        """A tokenizer on ranks of one's own; <|endoftext|> follows the last rank."""
+        return cls(tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks,
+                                     special_tokens={"<|endoftext|>": len(ranks)}), instruct)
+
+    @classmethod
+    def from_file(cls, path: str | Path, instruct: bool = False) -> "Tokenizer":
+        """Read a rank file: a line per token, its bytes in base64, a space, its rank."""
+        try:
+            lines = Path(path).read_text().splitlines()
+            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a tiktoken rank file: {error}") from None
+        if sorted(ranks.values()) != list(range(len(lines))) or not ranks:
+            raise ValueError(f"{path} is not a tiktoken rank file: its ranks are not 0, 1, 2, ...")
+        return cls.from_ranks(ranks, instruct)
+
+    def save(self, path: str | Path) -> None:
+        """Write the ranks so that from_file reads them back."""
+        ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
+        Path(path).write_text("".join(lines))
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "Tokenizer":
+        """Learn the merges of a vocabulary of vocab_size, special tokens included, from a text."""
+        n_ranks = vocab_size - len(SPECIALS) - 1  # <|endoftext|> is the one more
+        return cls.from_ranks(
+            tiktoken._educational.bpe_train(text, n_ranks, TINY_PATTERN, visualise=None))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. What looks like a special token in it is ordinary text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int], specials: bool = False) -> str:
+        """The text of token ids; special tokens are left out unless `specials` asks for them.
+
+        Raises ValueError for an id that is not in the vocabulary.
+        """
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
+        return self.encoding.decode([i for i in ids if specials or i not in self.special_ids])

@@ -1,0 +1,58 @@
+"""The block: where the norms sit, and which half of the MLP gates."""
+
+import torch
+
+from steerling_min.attention import block_causal_mask, rotary_tables
+from steerling_min.block import MLP, Block
+
+from conftest import CONFIG
+
+
+def test_the_mlp_gates_the_first_half_with_silu_of_the_second():
+    mlp = MLP(CONFIG)
+    assert mlp.c_fc.weight.shape == (2 * 128, 32), "F = mlp_ratio D = 4 * 32, twice: up and gate"
+    mlp.c_fc.weight.data.zero_()
+    mlp.c_fc.weight.data[0, 0] = 3.0    # up of hidden unit 0 = 3 x_0
+    mlp.c_fc.weight.data[128, 1] = 1.0  # its gate = x_1
+    mlp.c_proj.weight.data = torch.ones(32, 128)
+    x = torch.zeros(1, 1, 32)
+    x[..., 0], x[..., 1] = 2.0, -1.5
+    silu = -1.5 / (1 + torch.tensor(1.5).exp())
+    torch.testing.assert_close(mlp(x), (6.0 * silu).expand(1, 1, 32),
+                               msg="c_fc gives [up, gate]; out = c_proj(up * silu(gate))")
+
+
+def a_block():
+    torch.manual_seed(1)
+    block = Block(CONFIG)
+    positions = torch.arange(8)
+    cos, sin = rotary_tables(positions, CONFIG.head_dim, CONFIG.rope_base)
+    return block, (cos, sin, block_causal_mask(positions, positions, 4))
+
+
+def test_the_norms_sit_on_the_branches_outputs():
+    block, around = a_block()
+    x = torch.randn(1, 8, 32)
+    after_attention = x + block.ln_1(block.attn(x, *around))
+    expected = after_attention + block.ln_2(block.mlp(after_attention))
+    torch.testing.assert_close(block(x, *around), expected)
+    added = (block(x, *around) - after_attention).square().mean(-1).sqrt()
+    torch.testing.assert_close(added, torch.ones(1, 8), atol=1e-2, rtol=0,
+                               msg="ln_2 (weight 1) gives what the MLP adds root mean square 1")
+
+
+def test_nothing_normalises_what_a_branch_reads():
+    block, around = a_block()
+    x = torch.randn(1, 8, 32)
+    read = []
+    block.attn.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    block(x, *around)
+    assert torch.equal(read[0], x), "attention reads the residual stream itself (norm_order 'post')"
+
+
+def test_a_silent_branch_leaves_the_residual_stream_alone():
+    block, around = a_block()
+    block.attn.c_proj.weight.data.zero_()
+    block.mlp.c_proj.weight.data.zero_()
+    x = torch.randn(1, 8, 32)
+    assert torch.equal(block(x, *around), x)

@@ -1,0 +1,180 @@
+"""The concept layer: which concepts are kept, what they add up to, what an edit changes."""
+
+import pytest
+import torch
+from conftest import CONFIG
+
+from steerling_min.iguide import KnownHead, UnknownHead, decompose, set_weights, weighted_sum
+
+
+def heads():
+    """Two random heads whose tables have 16 stored rows for 8 concepts: 8 rows are padding."""
+    torch.manual_seed(0)
+    known, unknown = KnownHead(CONFIG), UnknownHead(CONFIG)
+    for parameter in [*known.parameters(), *unknown.parameters()]:
+        torch.nn.init.normal_(parameter)
+    return known, unknown
+
+
+HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)) / 4
+
+
+# ---- selection -----------------------------------------------------------------------------------
+
+def test_padding_rows_are_never_selected():
+    known, unknown = heads()
+    assert known.concept_predictor.weight.shape[0] == 16, "rows are rounded up to pad_multiple"
+    for head, predictor in ((known, known.concept_predictor), (unknown, unknown.predictor_up)):
+        predictor.weight.data[8:] = 100.0 * predictor.weight.data[8:].sign()
+        assert head.logits(HIDDEN).shape[-1] == 8, "logits exist for the n_concepts first rows only"
+    parts = decompose(HIDDEN, known, unknown)
+    assert parts.known_ids.max() < 8 and parts.unknown_ids.max() < 8
+
+
+def test_the_largest_logits_are_kept_largest_first():
+    known, unknown = heads()
+    parts = decompose(HIDDEN, known, unknown)
+    for head, ids, logits in ((known, parts.known_ids, parts.known_logits),
+                              (unknown, parts.unknown_ids, parts.unknown_logits)):
+        every = head.logits(HIDDEN)
+        assert ids.shape == (2, 5, 2), "top-k: topk_known_features and unknown_topk, both 2 here"
+        assert torch.equal(logits, every.sort(descending=True).values[..., :2])
+        assert torch.equal(logits, every.gather(-1, ids)), "ids and logits belong together"
+
+
+def test_logits_are_clamped_to_15():
+    known, unknown = heads()
+    for head in (known, unknown):
+        logits = head.logits(HIDDEN * 1000)
+        assert logits.max() == 15.0 and logits.min() == -15.0
+
+
+def test_selection_ranks_by_logit_where_float32_sigmoids_tie():
+    known, unknown = heads()
+    known.concept_predictor.weight.data.zero_()
+    known.concept_predictor.weight.data[:3, 0] = torch.tensor([13.0, 14.5, 14.0])
+    hidden = torch.zeros(1, 1, 32)
+    hidden[..., 0] = 1.0
+    assert decompose(hidden, known, unknown).known_ids.flatten().tolist() == [1, 2], (
+        "sigmoid ties above logit 12 or so; the official package ranks by it, we rank by logit")
+
+
+# ---- features ------------------------------------------------------------------------------------
+
+def test_weighted_sum_is_a_sum_of_table_rows():
+    table, weights = torch.randn(9, 4), torch.rand(2, 3, 5)
+    ids = torch.randint(0, 9, (2, 3, 5))
+    torch.testing.assert_close(weighted_sum(table, ids, weights),
+                               (table[ids] * weights[..., None]).sum(-2))
+
+
+def test_known_features_weigh_embeddings_by_sigmoid():
+    known, unknown = heads()
+    parts = decompose(HIDDEN, known, unknown)
+    rows = known.concept_embedding.weight[parts.known_ids]  # (2, 5, k, 32)
+    torch.testing.assert_close(parts.known, (parts.known_logits.sigmoid()[..., None] * rows).sum(-2))
+
+
+def test_unknown_embeddings_are_coefficients_times_basis():
+    known, unknown = heads()
+    parts = decompose(HIDDEN, known, unknown)
+    embedding = unknown.embedding_coef.weight @ unknown.embedding_basis.weight.T  # (16, 32), dense
+    dense = (parts.unknown_logits.sigmoid()[..., None] * embedding[parts.unknown_ids]).sum(-2)
+    torch.testing.assert_close(parts.unknown, dense, atol=1e-5, rtol=1e-5)
+    predictor = unknown.predictor_up.weight @ unknown.predictor_down.weight  # (16, 32)
+    torch.testing.assert_close(unknown.logits(HIDDEN), (HIDDEN @ predictor.T)[..., :8].clamp(-15, 15),
+                               atol=1e-4, rtol=1e-4)
+
+
+# ---- the decomposition ---------------------------------------------------------------------------
+
+def test_with_epsilon_composed_is_the_hidden_state():
+    parts = decompose(HIDDEN, *heads())
+    torch.testing.assert_close(parts.composed, HIDDEN, msg="epsilon = hidden - (known + unknown)")
+    torch.testing.assert_close(parts.known + parts.unknown + parts.epsilon, parts.composed)
+    assert parts.epsilon.abs().max() > 0.1
+
+
+def test_with_epsilon_no_gradient_reaches_the_concept_heads():
+    known, unknown = heads()
+    decompose(HIDDEN.requires_grad_(), known, unknown).composed.square().sum().backward()
+    for parameter in [*known.parameters(), *unknown.parameters()]:
+        assert parameter.grad.abs().max() < 1e-5, "known and unknown cancel: composed is hidden"
+    HIDDEN.requires_grad_(False).grad = None
+
+
+def test_without_epsilon_gradient_reaches_every_table():
+    known, unknown = heads()
+    parts = decompose(HIDDEN, known, unknown)
+    (parts.known + parts.unknown).square().sum().backward()
+    for parameter in [*known.parameters(), *unknown.parameters()]:
+        assert parameter.grad.abs().max() > 1e-3
+
+
+# ---- interventions -------------------------------------------------------------------------------
+
+def test_a_weight_is_set_whether_the_concept_was_selected_or_not():
+    ids, weights = torch.tensor([[[4, 7]]]), torch.tensor([[[0.9, 0.5]]])
+    everywhere = torch.ones(1, 1, dtype=torch.bool)
+    for concept, total in ((7, {4: 0.9, 7: 2.0}), (1, {4: 0.9, 7: 0.5, 1: 2.0})):
+        new_ids, new_weights = set_weights(ids, weights, {concept: 2.0}, everywhere)
+        sums = {}
+        for i, w in zip(new_ids.flatten().tolist(), new_weights.flatten().tolist()):
+            sums[i] = sums.get(i, 0.0) + w
+        assert sums == pytest.approx(total), "the new weight replaces the old one; others stay"
+
+
+def test_epsilon_is_left_out_at_edited_positions_only():
+    known, unknown = heads()
+    positions = torch.zeros(2, 5, dtype=torch.bool)
+    positions[0, 3] = True
+    plain = decompose(HIDDEN, known, unknown)
+    edited = decompose(HIDDEN, known, unknown, known={1: 3.0}, positions=positions)
+    assert (edited.epsilon[positions] == 0).all(), "epsilon would undo the edit"
+    torch.testing.assert_close(edited.composed[positions],
+                               (edited.known + edited.unknown)[positions])
+    assert torch.equal(edited.composed[~positions], plain.composed[~positions]), (
+        "the official package drops epsilon everywhere; here other positions are untouched")
+
+
+@pytest.mark.parametrize("which", ["known", "unknown"])
+def test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else(which):
+    known, unknown = heads()
+    plain = decompose(HIDDEN, known, unknown)
+    edited = decompose(HIDDEN, known, unknown, **{which: {2: 1.7}}, epsilon="keep")
+    if which == "known":
+        embedding, ids, logits = known.concept_embedding.weight[2], plain.known_ids, plain.known_logits
+    else:
+        embedding = unknown.embedding_basis.weight @ unknown.embedding_coef.weight[2]
+        ids, logits = plain.unknown_ids, plain.unknown_logits
+    old = (logits.sigmoid() * (ids == 2)).sum(-1, keepdim=True)  # 0 where it was not selected
+    assert 0 < (ids == 2).any(-1).sum() < 10, "the case needs both kinds of position"
+    torch.testing.assert_close(edited.composed - plain.composed, (1.7 - old) * embedding,
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_of_unknown_concepts_alone_has_an_effect():
+    known, unknown = heads()
+    edited = decompose(HIDDEN, known, unknown, unknown={5: 2.0})
+    assert (edited.epsilon == 0).all() and not torch.allclose(edited.composed, HIDDEN), (
+        "the official package recomputes epsilon and so cancels this edit; we do not")
+
+
+def test_no_edit_keeps_epsilon_whatever_the_option_says():
+    known, unknown = heads()
+    for empty in (None, {}):
+        parts = decompose(HIDDEN, known, unknown, known=empty, epsilon="drop")
+        torch.testing.assert_close(parts.composed, HIDDEN)
+
+
+@pytest.mark.parametrize("edit", [{"known": {8: 1.0}}, {"known": {-1: 1.0}}, {"unknown": {8: 1.0}}])
+def test_a_concept_that_does_not_exist_is_refused(edit):
+    with pytest.raises(ValueError, match="known concept .* does not exist; ids are 0 to 7"):
+        decompose(HIDDEN, *heads(), **edit)
+
+
+def test_options_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="epsilon = 'remove' .*'drop', 'keep'"):
+        decompose(HIDDEN, *heads(), known={1: 0.0}, epsilon="remove")
+    with pytest.raises(ValueError, match=r"positions must be a bool mask of shape \(2, 5\)"):
+        decompose(HIDDEN, *heads(), known={1: 0.0}, positions=torch.ones(5, dtype=torch.bool))

@@ -1,0 +1,112 @@
+"""The assembled model against the official package, and where it departs on purpose."""
+
+import math
+
+import pytest
+import torch
+from conftest import CONFIG
+
+from steerling_min import Steerling
+
+TOLERANCE = 1e-5  # float32, absolute
+
+
+def run(model, *args, **kwargs):
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def check(actual, expected, what):
+    error = (actual - expected).abs().max().item()
+    assert error <= TOLERANCE, f"{what} departs from the official package by {error:.2e}"
+
+
+def test_parity_of_the_plain_forward_pass(model, golden):
+    """In the order of computation: the first name that fails is where to look."""
+    out = run(model, golden["input_ids"])
+    check(out.hidden, golden["hidden"], "hidden")
+    assert torch.equal(out.known_ids, golden["known_topk_indices"])
+    check(out.known_logits, golden["known_topk_logits"], "known_logits")
+    check(out.known, golden["known_features"], "known")
+    assert torch.equal(out.unknown_ids, golden["unknown_topk_indices"])
+    check(out.unknown_logits, golden["unknown_topk_logits"], "unknown_logits")
+    check(out.unknown, golden["unk_hat"], "unknown")
+    check(out.epsilon, golden["epsilon"], "epsilon")
+    check(out.composed, golden["composed"], "composed")
+    check(out.logits, golden["logits"], "logits")
+
+
+def test_parity_of_an_odd_length(model, golden):
+    out = run(model, golden["odd.input_ids"])
+    check(out.logits[:, -8:], golden["odd.logits_last8"], "logits")
+    assert torch.equal(out.known_ids, golden["odd.known_topk_indices"])
+
+
+def test_parity_of_known_and_joint_interventions(model, golden):
+    tokens, at = golden["input_ids"], golden["variant_positions"]
+    out = run(model, tokens, known={3: 1.5, 7: 0.0})
+    check(out.known, golden["int_known.known_features"], "known, edited")
+    check(out.composed, golden["int_known.composed"], "composed, epsilon dropped")
+    check(out.logits, golden["int_known.logits"], "logits")
+    out = run(model, tokens, known={3: 1.5, 7: 0.0}, unknown={5: 2.0})
+    check(out.composed, golden["int_both.composed"], "composed of a joint edit")
+    check(out.logits[:, at], golden["int_both.logits"], "logits of a joint edit")
+
+
+def test_parity_of_an_intervention_at_chosen_positions_and_none_elsewhere(model, golden):
+    tokens, at = golden["input_ids"], golden["variant_positions"]
+    masked = tokens == model.config.mask_token_id
+    plain, out = run(model, tokens), run(model, tokens, known={3: 1.5}, positions=masked)
+    check(out.composed[masked], golden["int_known_masked_positions.composed"][masked], "composed")
+    expected = golden["int_known_masked_positions.logits"]
+    check(out.logits[:, at][masked[:, at]], expected[masked[:, at]], "logits")
+    assert torch.equal(out.logits[~masked], plain.logits[~masked]), (
+        "departure: the official package drops epsilon at positions nobody edited, too")
+
+
+def test_departure_an_unknown_edit_acts(model, golden):
+    tokens, at = golden["input_ids"], golden["variant_positions"]
+    out = run(model, tokens, unknown={5: 2.0})
+    check(out.unknown, golden["int_unknown.unk_hat"], "unknown, edited")
+    official = golden["int_unknown.logits"]
+    check(run(model, tokens).logits[:, at], official, "the official logits are the unedited ones")
+    assert (out.logits[:, at] - official).abs().max() > 0.1, (
+        "the official package keeps epsilon here and cancels the edit; ours has an effect")
+
+
+def test_departure_the_weight_of_an_unselected_unknown_concept_is_set(model, golden):
+    tokens, at = golden["input_ids"], golden["variant_positions"]
+    out = run(model, tokens, known={3: 1.5, 7: 0.0}, unknown={5: 2.0})
+    selected = (out.unknown_ids[:, at] == 5).any(-1)
+    difference = (out.unknown[:, at] - golden["int_both_sparse_unknown.unk_hat"]).abs().amax(-1)
+    assert (difference[selected] <= TOLERANCE).all(), "selected before: both set it"
+    assert (difference[~selected] > 1e-4).all(), (
+        "not selected: the official sparse path subtracts a weight that was never added")
+
+
+def test_parity_of_injection(model, golden):
+    tokens, at = golden["input_ids"], golden["variant_positions"]
+    masked = (tokens == model.config.mask_token_id)[..., None]
+    vector = 2.0 * golden["inject.direction"] * masked  # (B, T, D)
+    out = run(model, tokens, injection=vector, inject_layer=1)
+    check(out.hidden, golden["inject.hidden"], "hidden")
+    check(out.logits, golden["inject.logits"], "logits")
+    out = run(model, tokens, injection=vector, inject_layer=model.config.n_layers)
+    check(out.hidden[:, at], golden["inject_last.hidden"], "hidden, injected after the last block")
+
+
+def test_logits_are_read_off_the_composed_state(model, golden):
+    out = run(model, golden["input_ids"], known={3: 5.0})
+    torch.testing.assert_close(out.logits, out.composed @ model.transformer.tok_emb.weight.T)
+
+
+def test_initialisation_scales_what_ends_a_branch():
+    torch.manual_seed(0)
+    import dataclasses
+    model = Steerling(dataclasses.replace(CONFIG, n_layers=8, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), f"{name}: norms start at 1"
+        elif parameter.numel() > 2000:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.1), name
