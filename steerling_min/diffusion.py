@@ -1,0 +1,269 @@
+"""Masked diffusion: how text is corrupted for training, and how it is written back, step by step.
+
+Forward process: tokens of a text become <|mask|>; the model learns to predict the originals.
+Reverse process: start from masks only and, step by step, commit the tokens the model is surest of.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .attention import KVCache
+from .config import Config
+from .model import Steerling
+from .sampling import choose, commits_per_step, spread_steps, windows
+
+# ---- the forward process: corruption and its loss ------------------------------------------------
+
+
+def noise_levels(B: int, T: int, S: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw t ~ U(0, 1) for every diffusion block of every sequence. Returns (B, T), constant in
+    a block."""
+    n_blocks = -(-T // S)
+    t = torch.rand(B, n_blocks, generator=generator)
+    return t.repeat_interleave(S, dim=1)[:, :T]
+
+
+def corrupt(tokens: Tensor, t: Tensor, mask_token_id: int,
+            generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Replace each token by the mask with probability t, independently.
+
+    Args: tokens (B, T) int64; t (B, T) in [0, 1]. Returns the noisy tokens and a bool tensor that
+    is True where a token was masked, both (B, T), on the device of tokens.
+    """
+    draws = torch.rand(tokens.shape, generator=generator)
+    masked = (draws < t).to(tokens.device)
+    return tokens.masked_fill(masked, mask_token_id), masked
+
+
+def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
+               weighting: str = "none") -> Tensor:
+    """Cross-entropy of the original tokens at the masked positions, in nats.
+
+    weighting "none": the mean over masked tokens. "1/t": each is weighed by 1/t of its block and
+    the sum divided by all B T tokens; its expectation bounds the text's negative log-likelihood
+    per token from above (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+    Args: logits (B, T, V); tokens, the originals, masked and t (B, T). Returns a scalar; 0 where
+    nothing is masked. Raises ValueError for another weighting.
+    """
+    if weighting not in ("none", "1/t"):
+        raise ValueError(f"weighting = {weighting!r} is not supported; supported: 'none', '1/t'")
+    losses = F.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")  # (M,)
+    if weighting == "none":
+        return losses.sum() / max(1, losses.numel())
+    return (losses / t.to(losses)[masked]).sum() / tokens.numel()
+
+
+# ---- the reverse process: unmasking ----------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """One denoising step of a batch of B sequences. Each list has one entry per sequence."""
+
+    tokens: Tensor             # (B, T), prompt and new tokens after this step
+    positions: list[Tensor]    # (n,) each: the positions just committed, surest first
+    ids: list[Tensor]          # (n,) each: the tokens put there
+    confidences: list[Tensor]  # (n,) each: the largest probability there, 0 to 1
+    unwritten: Tensor          # (B,), masks left; more than 0 at the end where a stop came early
+
+
+def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Logits (M, V) at the M masked positions (B, T), the plain way: everything, every time."""
+    return model(tokens).logits[masked]
+
+
+def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, cache: KVCache) -> Tensor:
+    """The same logits with the least work: the fast way.
+
+    Three things make it exact. Attention is causal across blocks, so keys and values of the
+    blocks before the first mask are final, and come from the cache. For the same reason the blocks
+    after the last masked position asked for cannot influence it. And with epsilon the composed
+    state is the hidden state, so the concept heads need not run.
+
+    Args: masked (B, T), True at the positions asked for; no earlier position may change any more.
+    Moves cache.length on to the first of them, rounded down to a whole block.
+    """
+    S = model.config.diff_block_size
+    asked = masked.any(0).nonzero()[:, 0].tolist()  # positions, in any row
+    end = min(tokens.shape[1], (asked[-1] // S + 1) * S)
+    fresh = slice(cache.length, end)
+    hidden = model.transformer(tokens[:, fresh], cache=cache)  # (B, end - length, D)
+    cache.length = asked[0] // S * S  # this very pass has written the final keys before it
+    return model.transformer.lm_head(hidden[masked[:, fresh]])
+
+
+def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_scale: float,
+                  cache: KVCache | None) -> Tensor:
+    """Logits (M, V), float32, at the masked positions (B, T), with guidance if cfg_scale > 0.
+
+    Classifier-free guidance (arXiv 2207.12598): the batch runs twice, the second time with the
+    prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
+    """
+    if cfg_scale > 0:
+        blind = tokens.clone()
+        blind[:, :L] = model.config.mask_token_id
+        tokens, masked = torch.cat([tokens, blind]), torch.cat([masked, masked])  # (2B, T)
+    if cache is None:
+        logits = plain_logits(model, tokens, masked).float()
+    else:
+        logits = cached_logits(model, tokens, masked, cache).float()
+    if cfg_scale > 0:
+        c, u = logits.chunk(2)
+        logits = u + (cfg_scale + 1) * (c - u)
+    return logits
+
+
+@torch.no_grad()
+def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
+           max_new_tokens: int | None = None, *, steps: int | None = None,
+           temperature: float = 1.2, top_p: float = 0.8, entropy_sampling: bool = True,
+           repetition_penalty: float = 1.1, cfg_scale: float = 0.0,
+           confidence_threshold: float | None = None, order: str = "window", align: bool = False,
+           allow_eos: bool = False, stop_tokens: Sequence[int] = (), seed: int | None = None,
+           use_cache: bool = True) -> Iterator[Step]:
+    """Write max_new_tokens after each prompt; yields a Step per denoising step.
+
+    The sequence is the prompt and then masks, filled window by window. In each step the masked
+    positions of the window where the model is most confident are committed, each with a token
+    sampled from its own distribution. A committed token stays.
+
+    prompt_tokens: (B, L); L may be 0. Row b draws from seed + b and equals its own single run.
+    max_new_tokens: None is 1024, or what the context has room for.
+    steps: denoising steps in all, shared out over the windows; None commits one token per step.
+    confidence_threshold: instead of steps, commit all positions at least this sure, at least one.
+    entropy_sampling: the temperature follows each token's entropy; else `temperature`, 0 = greedy.
+    top_p: nucleus of every draw. repetition_penalty: on all tokens now in the sequence, 1 = none.
+    cfg_scale: classifier-free guidance, away from what the model says when the prompt is masked.
+    order: "window" (release 0.2); or "global" (release 0.1): all new positions are one window, and
+        <|endoftext|> may be committed, which ends the sequence after that step.
+    align: cut the windows at the edges of the attention blocks instead of counting from the prompt.
+    allow_eos: let <|endoftext|> be committed: like an instruct model's <|eot_id|>, it fills all to
+        its right with <|endoftext|> and ends the sequence; masks to its left stay.
+    stop_tokens: a sequence ends after a window that brought its new text one of these ids.
+    use_cache: exact block caching; False recomputes everything, for the same tokens.
+
+    Raises ValueError, naming the argument, for a value that cannot be honoured.
+    """
+    check_options(model.config, steps, temperature, top_p, repetition_penalty, cfg_scale,
+                  confidence_threshold, order, align, stop_tokens, seed)
+    tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
+    (B, T), device, config = tokens.shape, tokens.device, model.config
+    mask_id, eos_id = config.mask_token_id, config.eos_token_id
+    banned, ends, ends_turn, stops = special_roles(config, order, allow_eos, stop_tokens, device)
+    draws = [torch.Generator(device) for _ in range(B)]
+    for b, generator in enumerate(draws):
+        generator.seed() if seed is None else generator.manual_seed(seed + b)
+    cache = None
+    if use_cache:
+        rows = 2 * B if cfg_scale > 0 else B
+        cache = KVCache.empty(config, rows, T, like=model.transformer.tok_emb.weight)
+    active = torch.ones(B, dtype=torch.bool, device=device)  # rows still being written
+
+    spans = [(L, T)] if order == "global" else windows(L, T - L, config.diff_block_size, align)
+    for (start, end), s in zip(spans, spread_steps([end - start for start, end in spans], steps)):
+        # how many tokens each step commits; None lets the confidence threshold decide
+        counts = commits_per_step(end - start, s) if confidence_threshold is None else repeat(None)
+        for count in counts:
+            masked = (tokens == mask_id) & active[:, None]  # (B, T)
+            masked[:, :start] = masked[:, end:] = False
+            m = masked.sum(1).tolist()  # candidates in each row
+            if not any(m):
+                break  # the window is full, or every sequence has ended
+            logits = masked_logits(model, tokens, masked, L, cfg_scale, cache)  # (M, V)
+            commits = []
+            for b, row_logits in enumerate(logits.split(m)):  # (m, V)
+                chosen, ids, confidence = choose(
+                    row_logits, tokens[b], count, confidence_threshold, banned, repetition_penalty,
+                    temperature, top_p, entropy_sampling, draws[b])  # (n,) each
+                positions = masked[b].nonzero()[:, 0][chosen]  # (n,)
+                tokens[b, positions] = ids
+                commits.append((positions, ids, confidence))
+                ended = positions[torch.isin(ids, ends_turn)]
+                if len(ended):
+                    tokens[b, ended.min() + 1:] = eos_id
+                active[b] &= not torch.isin(ids, ends).any()
+            yield Step(tokens.clone(), *zip(*commits), (tokens == mask_id).sum(1))
+        active &= ~torch.isin(tokens[:, L:end], stops).any(1)
+
+
+def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
+             max_new_tokens: int | None = None, **options) -> Tensor:
+    """Write max_new_tokens after each prompt: (B, L) -> (B, L + new).
+
+    Takes the arguments of `unmask` and returns the tokens of its last step. No mask is left in
+    them, except what a sequence that ended early left unwritten.
+    """
+    for step in unmask(model, prompt_tokens, max_new_tokens, **options):
+        pass
+    return step.tokens
+
+
+def special_roles(config: Config, order: str, allow_eos: bool, stop_tokens: Sequence[int],
+                  device: torch.device) -> list[Tensor]:
+    """Ids that may not be committed, that end a sequence, that also fill what is to their right,
+    and that end it once their window is full."""
+    banned = [config.mask_token_id, config.pad_token_id]
+    ends_turn = [] if config.eot_id is None else [config.eot_id]
+    (ends_turn if allow_eos else banned if order == "window" else []).append(config.eos_token_id)
+    ends = ends_turn + ([config.eos_token_id] if order == "global" else [])
+    return [torch.tensor(ids, dtype=torch.int64, device=device)
+            for ids in (banned, ends, ends_turn, list(stop_tokens))]
+
+
+def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
+                 max_new_tokens: int | None) -> tuple[Tensor, int]:
+    """Check the prompts and put the masks behind them: tokens (B, L + new) and L."""
+    config, device = model.config, model.transformer.tok_emb.weight.device
+    if not isinstance(prompt_tokens, Tensor):
+        lengths = sorted({len(row) for row in prompt_tokens})
+        if len(lengths) > 1:
+            raise ValueError("prompts in one batch must have equal lengths, "
+                             f"not {lengths[0]} and {lengths[-1]} tokens")
+        prompt_tokens = torch.tensor([list(row) for row in prompt_tokens], dtype=torch.int64)
+    if prompt_tokens.dim() != 2 or len(prompt_tokens) == 0 or prompt_tokens.is_floating_point():
+        raise ValueError("prompt_tokens must be whole numbers of shape (B, L), B >= 1; "
+                         f"got {prompt_tokens.dtype} of shape {tuple(prompt_tokens.shape)}")
+    B, L = prompt_tokens.shape
+    room = config.block_size - L
+    new = min(1024, room) if max_new_tokens is None else max_new_tokens
+    if not 1 <= new <= room:
+        raise ValueError(f"{new} new tokens after a prompt of {L} do not fit the context of "
+                         f"{config.block_size}; between 1 and {room} do" if room > 0 else
+                         f"a prompt of {L} tokens leaves no room in the context of "
+                         f"{config.block_size}")
+    if ((prompt_tokens < 0) | (prompt_tokens >= config.vocab_size)).any():
+        raise ValueError(f"a prompt has a token id outside the vocabulary of {config.vocab_size}")
+    if (prompt_tokens == config.mask_token_id).any():
+        raise ValueError(f"a prompt has the mask token {config.mask_token_id}; only new positions "
+                         "are unmasked")
+    masks = torch.full((B, new), config.mask_token_id)
+    return torch.cat([prompt_tokens.cpu().long(), masks], dim=1).to(device), L
+
+
+def check_options(config, steps, temperature, top_p, repetition_penalty, cfg_scale,
+                  confidence_threshold, order, align, stop_tokens, seed) -> None:
+    """Raise ValueError for the first of unmask's options that cannot be honoured."""
+    whole = steps is None or (isinstance(steps, int) and steps >= 1)
+    unit = confidence_threshold is None or 0 <= confidence_threshold <= 1
+    known_ids = all(0 <= i < config.vocab_size for i in stop_tokens)
+    for ok, name, value, supported in (
+            (whole, "steps", steps, "None or a whole number, 1 or more"),
+            (temperature >= 0, "temperature", temperature, "0 (greedy) or more"),
+            (0 <= top_p <= 1, "top_p", top_p, "0 to 1"),
+            (repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0; 1 = none"),
+            (cfg_scale >= 0, "cfg_scale", cfg_scale, "0 (off) or more"),
+            (unit, "confidence_threshold", confidence_threshold, "None or 0 to 1"),
+            (order in ("window", "global"), "order", order, "'window' or 'global'"),
+            (seed is None or 0 <= seed < 2**63, "seed", seed, "None or 0 to 2^63 - 1"),
+            (known_ids, "stop_tokens", stop_tokens, f"ids below {config.vocab_size}")):
+        if not ok:
+            raise ValueError(f"{name} = {value!r} is not supported; supported: {supported}")
+    if steps is not None and confidence_threshold is not None:
+        raise ValueError("steps and confidence_threshold exclude each other: give one")
+    if order == "global" and align:
+        raise ValueError("align cuts windows, and order='global' has none: give one")

@@ -1,0 +1,135 @@
+"""From logits to tokens, for one sequence: which masked positions to fill next, and with what.
+
+Letters: m masked positions, n of them filled in this step, V vocabulary, T tokens.
+"""
+
+import torch
+from torch import Tensor
+
+
+def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
+    """Make every token that already stands in the sequence less likely, once each.
+
+    A positive logit is divided by the penalty, any other multiplied (CTRL, arXiv 1909.05858).
+    Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns (m, V).
+    """
+    seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    seen[tokens] = True
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
+    """A temperature that follows the model's doubt: 0.3 when it is sure, up to 0.7 when not.
+
+    p = softmax(logits); k = max(2, 1 + how many of the sorted cumulative probabilities are at
+    most top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
+    Args: logits (V,). Returns a scalar tensor, so that no device has to be waited for.
+    """
+    p = logits.softmax(-1)
+    cumulative = p.sort(descending=True).values.cumsum(-1)
+    k = (1 + (cumulative <= top_p).sum()).clamp(min=2)
+    entropy = torch.special.entr(p).sum()  # -sum p ln p, 0 where p is 0
+    return 0.3 + 0.4 * (entropy / k.log()).clamp(max=1.0)
+
+
+def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Top-p filtering (arXiv 1904.09751): drop the tail of the distribution.
+
+    Sorted tokens are kept while the probability *before* them is at most top_p, so the first
+    always is. Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and token ids.
+    """
+    p, ids = p.sort(descending=True)
+    before = p.cumsum(-1) - p
+    return p.where(before <= top_p, 0.0), ids
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: bool,
+           generator: torch.Generator) -> Tensor:
+    """Draw one token from logits (V,); returns a scalar int64 tensor.
+
+    Entropy sampling chooses the temperature itself; otherwise temperature 0 is greedy. One
+    torch.multinomial draw on the sorted nucleus: the official package's, so seeds agree.
+    """
+    if entropy_sampling:
+        temperature = entropy_temperature(logits, top_p)
+    elif temperature == 0:
+        return logits.argmax()
+    p, ids = nucleus((logits / temperature).softmax(-1), top_p)
+    return ids[torch.multinomial(p, 1, generator=generator)[0]]
+
+
+def most_confident(logits: Tensor, count: int | None, threshold: float | None
+                   ) -> tuple[Tensor, Tensor]:
+    """The positions to fill now: those whose best token is the most probable, surest first.
+
+    `count` of them; or, when count is None, every one at or above the confidence threshold, at
+    least one. Confidences within a logit error of 1e-5 of the largest are ties, and the earliest
+    comes first: with no prompt and nothing written, all masks look exactly alike.
+    Args: logits (m, V), m >= 1. Returns confidences (n,) and rows of logits (n,).
+    """
+    confidence = logits.softmax(-1).amax(-1)  # (m,)
+    best = confidence.max()
+    ranked = confidence.where(confidence < best - 1e-5 * best * (1 - best), best)
+    if count is None:
+        count = max(1, int((confidence >= threshold).sum()))
+    chosen = ranked.argsort(descending=True, stable=True)[:count]
+    return confidence[chosen], chosen
+
+
+def choose(logits: Tensor, tokens: Tensor, count: int | None, threshold: float | None,
+           banned: Tensor, repetition_penalty: float, temperature: float, top_p: float,
+           entropy_sampling: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """One step's commits: penalty, then bans, then the surest positions, then a draw for each.
+
+    Args: logits (m, V) of the masked positions; tokens (T,), the sequence; count and threshold as
+    for most_confident; banned, ids that may not be committed. Returns rows of logits, token ids
+    and confidences, (n,) each, surest first; none at all for a sequence without masks, m = 0.
+    """
+    if len(logits) == 0:
+        return banned[:0], banned[:0], logits[:, 0]
+    logits = penalize_repetition(logits, tokens, repetition_penalty)
+    logits = logits.index_fill(-1, banned, -torch.inf)
+    confidence, chosen = most_confident(logits, count, threshold)  # (n,)
+    ids = torch.empty_like(chosen)
+    for i, row in enumerate(logits[chosen]):  # (V,)
+        ids[i] = sample(row, temperature, top_p, entropy_sampling, generator)
+    return chosen, ids, confidence
+
+
+def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
+    """Share out denoising steps over windows in proportion to their lengths.
+
+    None is one step per token. The sum is `steps` as far as possible: every window gets at least
+    one step, none more than it has tokens, so that no step commits nothing. Largest remainders
+    get the steps left over, earlier windows first among equals.
+    """
+    total = sum(lengths)
+    steps = total if steps is None else max(len(lengths), min(steps, total))
+    counts = [max(1, steps * m // total) for m in lengths]
+
+    def owed(i):
+        return steps * lengths[i] - counts[i] * total
+
+    while sum(counts) < steps:
+        counts[max(range(len(counts)), key=owed)] += 1
+    while sum(counts) > steps:
+        counts[min((i for i, c in enumerate(counts) if c > 1), key=owed)] -= 1
+    return counts
+
+
+def commits_per_step(m: int, s: int) -> list[int]:
+    """How many of a window's m tokens each of its s steps commits: m // s, the first few one more."""
+    return [m // s + (i < m % s) for i in range(s)]
+
+
+def windows(L: int, new: int, S: int, align: bool) -> list[tuple[int, int]]:
+    """Cut the new positions [L, L + new) into windows of S, filled from left to right.
+
+    Counted from the prompt's end; with `align`, cut at the edges of the attention blocks (the
+    first window is then shorter unless L is such an edge).
+    """
+    first = S - L % S if align else S
+    edges = [L, *range(L + first, L + new, S), L + new]
+    return list(zip(edges[:-1], edges[1:]))
+
+

@@ -1,0 +1,183 @@
+"""Choosing tokens: penalty, confidence, temperature, nucleus; and sharing out the steps."""
+
+import math
+
+import pytest
+import torch
+
+from steerling_min.sampling import (choose, commits_per_step, entropy_temperature, most_confident,
+                                    nucleus, penalize_repetition, sample, spread_steps, windows)
+
+P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])  # sorted: ids 1, 3, 4, 2, 0
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- which token ---------------------------------------------------------------------------------
+
+def test_repetition_makes_seen_tokens_less_likely_whatever_their_sign():
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
+    out = penalize_repetition(logits, torch.tensor([0, 1]), 2.0)
+    assert out.tolist() == [[1.0, -4.0, 1.0, -1.0]], "positive: divided; negative: multiplied"
+
+
+def test_a_token_is_penalised_once_however_often_it_stands_there():
+    once = penalize_repetition(P[None], torch.tensor([3]), 1.5)
+    often = penalize_repetition(P[None], torch.tensor([3, 3, 3]), 1.5)
+    assert torch.equal(once, often)
+
+
+def test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p():
+    for top_p, kept in ((0.0, [1]), (0.39, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]),
+                        (1.0, [1, 3, 4, 2, 0])):
+        p, ids = nucleus(P, top_p)
+        assert ids[p > 0].tolist() == kept, f"top_p {top_p}: mass before is 0, .4, .65, .85, .95"
+        assert torch.equal(p[p > 0], P[ids[p > 0]]), "kept probabilities are not changed"
+
+
+def test_entropy_temperature_is_low_when_sure_and_high_when_not():
+    sure = torch.zeros(50)
+    sure[7] = 30.0
+    assert entropy_temperature(sure, 0.8).item() == pytest.approx(0.3, abs=1e-4)
+    assert entropy_temperature(torch.zeros(50), 0.8).item() == pytest.approx(0.7, abs=1e-4)
+
+
+def test_entropy_is_measured_against_the_nucleus_size():
+    p = torch.tensor([0.5, 0.25, 0.15, 0.1])  # cumulative .5 .75 .9 1: two are <= 0.8, so k = 3
+    entropy = -sum(q * math.log(q) for q in p.tolist())
+    expected = 0.3 + 0.4 * min(1.0, entropy / math.log(3))
+    assert entropy_temperature(p.log(), 0.8).item() == pytest.approx(expected, abs=1e-5)
+    p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
+    entropy = -sum(q * math.log(q) for q in p.tolist())
+    expected = 0.3 + 0.4 * entropy / math.log(2)
+    assert entropy_temperature(p.log(), 0.8).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_banned_tokens_do_not_disturb_the_entropy():
+    logits = torch.tensor([1.0, 0.5, -torch.inf])
+    assert entropy_temperature(logits, 0.8).isfinite(), "0 ln 0 counts as 0"
+
+
+def test_temperature_zero_is_greedy_and_draws_nothing():
+    generator = rng()
+    state = generator.get_state()
+    assert sample(P.log(), 0.0, 0.8, False, generator) == 1
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_draws_follow_the_distribution_within_the_nucleus():
+    generator = rng()
+    drawn = torch.stack([sample(P.log(), 1.0, 0.5, False, generator) for _ in range(2000)])
+    share = drawn.bincount(minlength=5) / 2000
+    expected = torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65
+    torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
+
+
+def test_temperature_sharpens():
+    generator = rng()
+    drawn = [sample(P.log(), 0.25, 1.0, False, generator).item() for _ in range(500)]
+    assert drawn.count(1) / 500 > 0.75, "p^(1/0.25) puts 0.82 on the best token of 0.4"
+
+
+def test_entropy_sampling_overrules_the_temperature():
+    a, b = ([sample(P.log(), temperature, 0.9, True, rng(seed)).item() for seed in range(40)]
+            for temperature in (0.0, 5.0))
+    assert a == b and len(set(a)) > 1
+
+
+# ---- which positions -----------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[0.0, 1.0], [0.0, 5.0], [3.0, 0.0], [0.0, 0.1]])
+
+
+def test_the_surest_positions_come_first():
+    confidence, chosen = most_confident(LOGITS, 3, None)
+    assert chosen.tolist() == [1, 2, 0], "by the probability of each position's best token"
+    torch.testing.assert_close(confidence[0], torch.tensor(5.0).sigmoid())
+
+
+def test_masks_that_look_alike_are_filled_from_the_left():
+    alike = torch.zeros(6, 4)
+    alike[:, 2] = 1.0
+    alike += 1e-6 * torch.randn(6, 4, generator=rng())  # float32 error
+    assert most_confident(alike, 3, None)[1].tolist() == [0, 1, 2]
+
+
+def test_very_sure_positions_are_still_told_apart():
+    logits = torch.tensor([[12.0, 0.0], [14.0, 0.0], [13.0, 0.0]])  # 1 - p is 6e-6, 8e-7, 2e-6
+    assert most_confident(logits, 3, None)[1].tolist() == [1, 2, 0]
+
+
+def test_a_threshold_takes_all_that_reach_it_and_one_at_least():
+    assert most_confident(LOGITS, None, 0.9)[1].tolist() == [1, 2]
+    assert most_confident(LOGITS, None, 1.0)[1].tolist() == [1], "never none: no step is idle"
+    assert len(most_confident(LOGITS, None, 0.0)[1]) == 4
+    tie = torch.zeros(2, 2)
+    assert len(most_confident(tie, None, 0.5)[1]) == 2, "at the threshold counts as reached"
+
+
+def test_bans_and_penalty_come_before_confidence():
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    chosen, ids, confidence = choose(logits, torch.tensor([2]), 1, None, torch.tensor([0]), 1.0,
+                                     0.0, 0.8, False, rng())
+    assert (chosen.tolist(), ids.tolist()) == ([1], [1]), (
+        "position 0 was sure only of a banned token")
+    chosen, ids, _ = choose(logits, torch.tensor([0]), 1, None, torch.tensor([2]), 100.0,
+                            0.0, 0.8, False, rng())
+    assert (chosen.tolist(), ids.tolist()) == ([1], [1]), "... or of one it repeats"
+
+
+def test_a_row_without_masks_commits_nothing():
+    chosen, ids, confidence = choose(torch.empty(0, 3), torch.tensor([0]), 2, None,
+                                     torch.tensor([0]), 1.0, 0.0, 0.8, False, rng())
+    assert len(chosen) == len(ids) == len(confidence) == 0
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+def test_windows_are_counted_from_the_prompts_end():
+    assert windows(5, 20, 8, align=False) == [(5, 13), (13, 21), (21, 25)]
+    assert windows(0, 8, 8, align=False) == [(0, 8)]
+
+
+def test_aligned_windows_are_cut_at_block_edges():
+    assert windows(5, 20, 8, align=True) == [(5, 8), (8, 16), (16, 24), (24, 25)]
+    assert windows(8, 16, 8, align=True) == [(8, 16), (16, 24)]
+    assert windows(5, 2, 8, align=True) == [(5, 7)]
+
+
+@pytest.mark.parametrize("L", range(0, 20, 3))
+@pytest.mark.parametrize("new", [1, 7, 8, 9, 30])
+@pytest.mark.parametrize("align", [True, False])
+def test_windows_cover_the_new_positions_once(L, new, align):
+    covered = [i for start, end in windows(L, new, 8, align) for i in range(start, end)]
+    assert covered == list(range(L, L + new))
+    assert all(0 < end - start <= 8 for start, end in windows(L, new, 8, align))
+
+
+def test_steps_are_shared_in_proportion_with_largest_remainders_first():
+    assert spread_steps([8, 8, 8], 12) == [4, 4, 4], "equal windows: the official even split"
+    assert spread_steps([8, 8, 8], 13) == [5, 4, 4], "earlier windows first among equals"
+    assert spread_steps([5, 8, 8, 3], 12) == [3, 4, 4, 1], "shares 2.5, 4, 4, 1.5"
+    assert spread_steps([8, 3], 5) == [4, 1], "shares 3.64, 1.36: the larger remainder is .64"
+
+
+def test_without_steps_every_token_has_its_own():
+    assert spread_steps([3, 8, 8], None) == [3, 8, 8]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 11, 18, 19, 20, 1000])
+@pytest.mark.parametrize("lengths", [[3, 8, 8], [19], [1, 16, 2], [1, 1, 1, 16]])
+def test_no_step_is_idle_and_none_is_lost(lengths, steps):
+    counts = spread_steps(lengths, steps)
+    assert sum(counts) == min(max(steps, len(lengths)), sum(lengths))
+    for m, s in zip(lengths, counts):
+        per_step = commits_per_step(m, s)
+        assert sum(per_step) == m and min(per_step) >= 1 and len(per_step) == s
+
+
+def test_the_first_steps_of_a_window_commit_one_more():
+    assert commits_per_step(8, 3) == [3, 3, 2]
+    assert commits_per_step(8, 8) == [1] * 8
