@@ -1,9 +1,4 @@
-"""Attention: who may look at whom (the mask), where they sit (rotary), and the look itself.
-
-Dimension letters used in every file:
-  B batch   T tokens   D width (n_embd)   V vocabulary   S diffusion block
-  H query heads   G key/value heads   d head size (D / H)
-"""
+"""Attention: who may look at whom (the mask), where they sit (rotary), and the look itself."""
 
 from dataclasses import dataclass
 
@@ -62,12 +57,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass
 class KVCache:
-    """Keys and values of all layers, for a sequence that is being written.
+    """Keys and values of all layers, for a sequence whose blocks become final from left to right.
 
-    Attention never looks past a block, so the keys and values of positions before `length` are
-    final once no mask is left in their blocks. A forward pass given a cache runs on the tokens
-    from `length` on, writes its keys and values behind the final ones (replacing whatever an
-    earlier pass left there) and sees both. The caller, who knows the masks, moves `length`.
+    No query sees beyond the end of its own block. So once the tokens of a block, and of those
+    before it, will not change any more, neither will their keys and values. A forward pass given
+    a cache runs on the tokens from `length` on, writes their keys and values behind the final
+    ones (over whatever an earlier pass left there) and sees both. Whoever knows which tokens are
+    final moves `length`: see `diffusion.cached_logits`.
     """
 
     k: Tensor        # (n_layers, B, G, T, d)
@@ -93,7 +89,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.n_head, self.n_kv_heads, self.head_dim = config.n_head, config.kv_heads, config.head_dim
+        self.n_head, self.n_kv_heads = config.n_head, config.kv_heads
+        self.head_dim = config.head_dim
         self.clip_qkv = config.clip_qkv
         qkv = (self.n_head + 2 * self.n_kv_heads) * self.head_dim
         self.c_attn = nn.Linear(config.n_embd, qkv, bias=False)  # D -> q, k, v

@@ -19,7 +19,7 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.n_layers)])
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.tok_emb.weight  # tied: one matrix reads tokens and writes them
+        self.lm_head.weight = self.tok_emb.weight  # tied; used after the concept layer, not here
 
     def forward(self, tokens: Tensor, injection: Tensor | None = None, inject_layer: int = 1,
                 cache: KVCache | None = None) -> Tensor:

@@ -27,6 +27,7 @@ class Block(nn.Module):
 
     The norms sit on the branches' outputs (`norm_order` "post", as in OLMo 2, arXiv 2501.00656):
     nothing normalises what a branch reads, and every branch adds a vector of controlled size.
+    This is not the post-norm of the first transformers: the residual stream is never normalised.
     """
 
     def __init__(self, config: Config):

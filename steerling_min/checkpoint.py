@@ -7,6 +7,7 @@ can be wrong is looked for in the files' headers, before the first weight is rea
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def find_checkpoint(name: str | Path | None) -> Path:
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("HF_HOME") or Path(base) / "huggingface"
     cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
     repo = cache / f"models--{str(name).replace('/', '--')}"
     if not (repo / "refs" / "main").is_file():
@@ -67,7 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"),
                            object_pairs_hook=unique_keys)
         names = sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder / INDEX} is not a weight index: {error}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
@@ -112,8 +114,10 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
             if stored["dtype"] not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(f"{name} in {file} has dtype {stored['dtype']}, not a float")
             found[name] = file
+    tied = {TOK_EMB, LM_HEAD}
+    have = found.keys() | tied if found.keys() & tied else found.keys()
     for name in expected:
-        if name not in found and not (name in (TOK_EMB, LM_HEAD) and found.keys() & {TOK_EMB, LM_HEAD}):
+        if name not in have:
             raise ValueError(f"the checkpoint lacks the tensor {name}")
     return found
 
@@ -125,7 +129,8 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype) -
         free = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and Path("/proc/meminfo").is_file():
         meminfo = Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
+        free = int(found[1]) * 1024 if found else need  # not every kernel says
     else:
         return  # the system does not say
     if need > free:
@@ -142,13 +147,14 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     """
     found = match_tensors(model, weight_files(folder))
     require_memory(model, device, dtype)
+    place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
     state = {}
     for file in sorted(set(found.values())):
-        with safe_open(file, framework="pt", device=str(device)) as f:
+        with safe_open(file, framework="pt", device=place) as f:
             for name in f.keys():
                 state[name] = f.get_tensor(name).to(dtype)
     tied = [state.pop(name) for name in (TOK_EMB, LM_HEAD) if name in state]
-    if not torch.equal(tied[0], tied[-1]):
+    if len(tied) == 2 and not torch.equal(*tied):
         raise ValueError(f"{folder} stores different matrices for {TOK_EMB} and {LM_HEAD}, "
                          "which this model ties")
     model.load_state_dict({**state, TOK_EMB: tied[0]}, strict=False, assign=True)
@@ -167,6 +173,7 @@ def save(model: nn.Module, folder: Path) -> None:
     try:
         save_file(state, partial[0], metadata={"format": "pt"})
         partial[1].write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        shutil.copymode(partial[1], partial[0])  # safetensors' files are the owner's alone
         os.replace(partial[0], weights)
         os.replace(partial[1], config)
     finally:

@@ -1,5 +1,16 @@
 """Every number that shapes the model, under the names the official checkpoints use.
 
+The letters that stand for these numbers in the shapes of every file:
+
+    B  sequences in a batch    V  vocabulary              C  concepts of a head
+    T  tokens of a sequence    H  query heads             k  concepts kept per token
+    L  tokens of a prompt      G  key/value heads         r  rank of the unknown head
+    S  diffusion block         d  head size, D / H        M  masked positions
+    D  width                   F  hidden width of the MLP
+
+k' is the unknown head's k. The word block has three uses, all official: `block_size` is the context
+length, `diff_block_size` is S, and `transformer.blocks` are the layers.
+
 Two layouts of `config.json` are in circulation and both are read here: the hub's (one flat object)
 and the converter's (the concept fields nested under "concept"). Only the hub's is written.
 """
@@ -29,9 +40,13 @@ FIXED = {
     "use_epsilon_correction": True,
     "topk_on_logits": False,
 }
-# Sizes without which a file does not describe a model; every other field has its official default.
-REQUIRED = ("n_layers", "n_head", "n_embd", "block_size", "diff_block_size", "vocab_size",
-            "n_concepts", "n_unknown_concepts")
+# What a file must state: sizes, and numbers whose guess would load and give another model.
+REQUIRED = ("n_layers", "n_head", "n_embd", "block_size", "diff_block_size", "norm_eps",
+            "rope_base", "clip_qkv", "n_concepts", "topk_known", "n_unknown_concepts",
+            "unknown_topk", "vocab_size")
+REAL = ("mlp_ratio", "norm_eps", "rope_base", "clip_qkv")  # the others are whole numbers
+TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "endofchunk_token_id",
+             "mask_token_id", "start_header_id", "end_header_id", "eot_id")
 OPTIONAL = ("n_kv_heads", "intermediate_size", "clip_qkv", "topk_known_features",
             "start_header_id", "end_header_id", "eot_id")  # these may be null
 
@@ -57,8 +72,8 @@ class Config:
     clip_qkv: float | None = 10.0    # q, k, v are clamped to +- this; None: no clamp
     # concept layer
     n_concepts: int = 33_732         # C, known (named) concepts
-    topk_known: int = 32             # top-k handed to a training loss
-    topk_known_features: int | None = 32  # k, known concepts kept per token; None: topk_known
+    topk_known: int = 32             # here only what topk_known_features = None means
+    topk_known_features: int | None = 32  # k, known concepts kept per token
     n_unknown_concepts: int = 101_196  # concepts found without labels
     unknown_topk: int = 128          # k', unknown concepts kept per token
     factorize_rank: int = 256        # r, rank of the unknown head
@@ -113,32 +128,33 @@ class Config:
     @property
     def token_ids(self) -> dict[str, int]:
         """The special tokens' ids by field name; the instruct ones only where they exist."""
-        names = ("eos_token_id", "pad_token_id", "bos_token_id", "endofchunk_token_id",
-                 "mask_token_id", "start_header_id", "end_header_id", "eot_id")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in TOKEN_IDS if getattr(self, name) is not None}
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name in OPTIONAL:
+            name, value = field.name, getattr(self, field.name)
+            if value is None and name in OPTIONAL:
                 continue
-            real = field.name in ("mlp_ratio", "norm_eps", "rope_base", "clip_qkv")
-            ok = type(value) is int or (real and type(value) is float)
-            lowest = 0 if field.name in self.token_ids else 1e-30
-            require(ok and lowest <= value < float("inf"), field.name, value,
-                    "a positive number" if real else "a whole number, not negative"
-                    if lowest == 0 else "a positive whole number")
-        divides = "n_embd must be a multiple of n_head, with an even quotient (rotary pairs)"
-        require(self.n_embd % (2 * self.n_head) == 0, "n_head", self.n_head, divides)
+            whole = type(value) is int  # a bool is not a number here
+            if name in REAL:
+                require((whole or type(value) is float) and 0 < value < 2**31, name, value,
+                        "a positive number")
+            elif name in TOKEN_IDS:
+                require(whole and 0 <= value < self.vocab_size, name, value,
+                        f"a token id below vocab_size = {self.vocab_size}")
+            else:
+                require(whole and 0 < value < 2**31, name, value, "a positive whole number")
+        require(self.n_embd % (2 * self.n_head) == 0, "n_head", self.n_head,
+                f"a divisor of n_embd = {self.n_embd} with an even quotient (rotary pairs)")
         require(self.n_head % self.kv_heads == 0, "n_kv_heads", self.kv_heads,
                 f"a divisor of n_head = {self.n_head}")
+        for name in ("start_header_id", "end_header_id"):
+            require(getattr(self, name) is None or self.eot_id is not None, name,
+                    getattr(self, name), "null where eot_id is null")
         require(self.known_topk <= self.n_concepts, "topk_known_features", self.known_topk,
                 f"at most n_concepts = {self.n_concepts}")
         require(self.unknown_topk <= self.n_unknown_concepts, "unknown_topk", self.unknown_topk,
                 f"at most n_unknown_concepts = {self.n_unknown_concepts}")
-        for name, token_id in self.token_ids.items():
-            require(token_id < self.vocab_size, name, token_id,
-                    f"below vocab_size = {self.vocab_size}")
 
     @classmethod
     def from_dict(cls, data: dict) -> "Config":
@@ -149,7 +165,11 @@ class Config:
         """
         # The nested "block_size" is the concept heads' streaming size, not the context length.
         nested = {k: v for k, v in data.get("concept", {}).items() if k != "block_size"}
-        flat = {**data, **nested}
+        # Left out, these two mean null, not the 8B's value.
+        flat = {"topk_known_features": None, "n_kv_heads": None, **data, **nested}
+        model_type = flat.get("model_type", "steerling")
+        require(model_type in ("steerling", "causal_diffusion"), "model_type", model_type,
+                "'steerling', 'causal_diffusion'")
         for name in REQUIRED:
             if name not in flat:
                 raise ValueError(f"the config lacks {name}")
@@ -171,7 +191,7 @@ class Config:
         """Read a config.json; every error names the file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("concept", {}), dict):
             raise ValueError(f"{path} does not hold a config object")

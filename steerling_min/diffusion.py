@@ -7,6 +7,7 @@ Reverse process: start from masks only and, step by step, commit the tokens the 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     """Cross-entropy of the original tokens at the masked positions, in nats.
 
     weighting "none": the mean over masked tokens. "1/t": each is weighed by 1/t of its block and
-    the sum divided by all B T tokens; its expectation bounds the text's negative log-likelihood
-    per token from above (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+    the sum divided by all B T tokens. For uniform t its expectation is an upper bound on the
+    negative log-likelihood per token of a block, given what stands before it, noise included
+    (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
     Args: logits (B, T, V); tokens, the originals, masked and t (B, T). Returns a scalar; 0 where
     nothing is masked. Raises ValueError for another weighting.
     """
@@ -63,13 +65,13 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
 
 @dataclass
 class Step:
-    """One denoising step of a batch of B sequences. Each list has one entry per sequence."""
+    """One denoising step of a batch of B sequences. Each tuple has one entry per sequence."""
 
-    tokens: Tensor             # (B, T), prompt and new tokens after this step
-    positions: list[Tensor]    # (n,) each: the positions just committed, surest first
-    ids: list[Tensor]          # (n,) each: the tokens put there
-    confidences: list[Tensor]  # (n,) each: the largest probability there, 0 to 1
-    unwritten: Tensor          # (B,), masks left; more than 0 at the end where a stop came early
+    tokens: Tensor                   # (B, T), prompt and new tokens after this step
+    positions: tuple[Tensor, ...]    # (n,) each: the positions just committed, surest first
+    ids: tuple[Tensor, ...]          # (n,) each: the tokens put there
+    confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, 0 to 1
+    unwritten: Tensor                # (B,), masks left; at the end only where a sequence stopped
 
 
 def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor) -> Tensor:
@@ -80,13 +82,21 @@ def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor) -> Tensor:
 def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, cache: KVCache) -> Tensor:
     """The same logits with the least work: the fast way.
 
-    Three things make it exact. Attention is causal across blocks, so keys and values of the
-    blocks before the first mask are final, and come from the cache. For the same reason the blocks
-    after the last masked position asked for cannot influence it. And with epsilon the composed
-    state is the hidden state, so the concept heads need not run.
+    Three things make it exact, to rounding. Attention is causal across blocks, so keys and values
+    of the blocks before the first mask are final, and come from the cache. For the same reason
+    the blocks after the last masked position asked for cannot influence it. And with epsilon the
+    composed state is the hidden state, so the concept heads need not run.
+
+    With S = 4, a prompt of 6, and the window [6, 10) filled in the order 8, 6, 9, 7:
+
+        masked when asked   computed   cache.length before and after
+        6 7 8 9             0 to 11    0 -> 4    a block of the prompt is final
+        6 7   9             4 to 11    4 -> 4
+          7   9             4 to 11    4 -> 4
+          7                 4 to  7    4 -> 4    nothing is asked of block 8 to 11
+        10 11 12 (next)     4 to 12    4 -> 8    only now were 4 to 7 computed without masks
 
     Args: masked (B, T), True at the positions asked for; no earlier position may change any more.
-    Moves cache.length on to the first of them, rounded down to a whole block.
     """
     S = model.config.diff_block_size
     asked = masked.any(0).nonzero()[:, 0].tolist()  # positions, in any row
@@ -130,34 +140,42 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     The sequence is the prompt and then masks, filled window by window. In each step the masked
     positions of the window where the model is most confident are committed, each with a token
-    sampled from its own distribution. A committed token stays.
+    sampled from its own distribution. A committed token stays, unless an end of turn to its left
+    ends the text. (A window is what is being filled, a block is who sees whom: windows counted
+    from an unaligned prompt straddle two blocks, and see `align`.)
 
     prompt_tokens: (B, L); L may be 0. Row b draws from seed + b and equals its own single run.
     max_new_tokens: None is 1024, or what the context has room for.
     steps: denoising steps in all, shared out over the windows; None commits one token per step.
     confidence_threshold: instead of steps, commit all positions at least this sure, at least one.
-    entropy_sampling: the temperature follows each token's entropy; else `temperature`, 0 = greedy.
+    entropy_sampling: the temperature follows each token's entropy, and `temperature` is ignored.
+    temperature: with entropy_sampling=False; 0 is greedy.
     top_p: nucleus of every draw. repetition_penalty: on all tokens now in the sequence, 1 = none.
     cfg_scale: classifier-free guidance, away from what the model says when the prompt is masked.
-    order: "window" (release 0.2); or "global" (release 0.1): all new positions are one window, and
-        <|endoftext|> may be committed, which ends the sequence after that step.
-    align: cut the windows at the edges of the attention blocks instead of counting from the prompt.
+    order: "window" (the official release 0.2), or "global" (0.1): all new positions are one window,
+        and <|endoftext|> may be committed, which ends the sequence after that step.
+    align: cut the windows at the edges of the attention blocks instead of counting from the
+        prompt, so that no window fills the later of two blocks before the earlier is complete.
     allow_eos: let <|endoftext|> be committed: like an instruct model's <|eot_id|>, it fills all to
         its right with <|endoftext|> and ends the sequence; masks to its left stay.
     stop_tokens: a sequence ends after a window that brought its new text one of these ids.
+    seed: None draws differently every time.
     use_cache: exact block caching; False recomputes everything, for the same tokens.
 
-    Raises ValueError, naming the argument, for a value that cannot be honoured.
+    Raises ValueError (at the first step), naming the argument, for a value that cannot be honoured.
     """
     check_options(model.config, steps, temperature, top_p, repetition_penalty, cfg_scale,
                   confidence_threshold, order, align, stop_tokens, seed)
     tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
     (B, T), device, config = tokens.shape, tokens.device, model.config
     mask_id, eos_id = config.mask_token_id, config.eos_token_id
-    banned, ends, ends_turn, stops = special_roles(config, order, allow_eos, stop_tokens, device)
+    roles = special_roles(config, order, allow_eos, stop_tokens, device)
     draws = [torch.Generator(device) for _ in range(B)]
     for b, generator in enumerate(draws):
-        generator.seed() if seed is None else generator.manual_seed(seed + b)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed + b)
     cache = None
     if use_cache:
         rows = 2 * B if cfg_scale > 0 else B
@@ -169,8 +187,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         # how many tokens each step commits; None lets the confidence threshold decide
         counts = commits_per_step(end - start, s) if confidence_threshold is None else repeat(None)
         for count in counts:
-            masked = (tokens == mask_id) & active[:, None]  # (B, T)
-            masked[:, :start] = masked[:, end:] = False
+            masked = (tokens == mask_id) & active[:, None]  # (B, T), where a token may be put
+            masked[:, end:] = False
             m = masked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
@@ -178,17 +196,17 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
             commits = []
             for b, row_logits in enumerate(logits.split(m)):  # (m, V)
                 chosen, ids, confidence = choose(
-                    row_logits, tokens[b], count, confidence_threshold, banned, repetition_penalty,
-                    temperature, top_p, entropy_sampling, draws[b])  # (n,) each
+                    row_logits, tokens[b], count, confidence_threshold, roles.banned,
+                    repetition_penalty, temperature, top_p, entropy_sampling, draws[b])  # (n,) each
                 positions = masked[b].nonzero()[:, 0][chosen]  # (n,)
                 tokens[b, positions] = ids
                 commits.append((positions, ids, confidence))
-                ended = positions[torch.isin(ids, ends_turn)]
-                if len(ended):
-                    tokens[b, ended.min() + 1:] = eos_id
-                active[b] &= not torch.isin(ids, ends).any()
+                turn_ends = positions[torch.isin(ids, roles.end_turn)]
+                if len(turn_ends):
+                    tokens[b, turn_ends.min() + 1:] = eos_id
+                active[b] &= not torch.isin(ids, roles.end).any()
             yield Step(tokens.clone(), *zip(*commits), (tokens == mask_id).sum(1))
-        active &= ~torch.isin(tokens[:, L:end], stops).any(1)
+        active &= ~torch.isin(tokens[:, L:end], roles.stop).any(1)
 
 
 def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
@@ -199,20 +217,32 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     them, except what a sequence that ended early left unwritten.
     """
     for step in unmask(model, prompt_tokens, max_new_tokens, **options):
-        pass
-    return step.tokens
+        tokens = step.tokens
+    return tokens
+
+
+class Roles(NamedTuple):
+    """Token ids that mean something to the sampler, (n,) int64 each."""
+
+    banned: Tensor    # never committed
+    end: Tensor       # a sequence ends after the step that commits one of these
+    end_turn: Tensor  # of those, the ones that turn all to their right into <|endoftext|>
+    stop: Tensor      # a sequence ends when a window with one of these is full
 
 
 def special_roles(config: Config, order: str, allow_eos: bool, stop_tokens: Sequence[int],
-                  device: torch.device) -> list[Tensor]:
-    """Ids that may not be committed, that end a sequence, that also fill what is to their right,
-    and that end it once their window is full."""
-    banned = [config.mask_token_id, config.pad_token_id]
-    ends_turn = [] if config.eot_id is None else [config.eot_id]
-    (ends_turn if allow_eos else banned if order == "window" else []).append(config.eos_token_id)
-    ends = ends_turn + ([config.eos_token_id] if order == "global" else [])
-    return [torch.tensor(ids, dtype=torch.int64, device=device)
-            for ids in (banned, ends, ends_turn, list(stop_tokens))]
+                  device: torch.device) -> Roles:
+    """Who has which role under unmask's options of these names."""
+    banned, end = [config.mask_token_id, config.pad_token_id], []
+    end_turn = [] if config.eot_id is None else [config.eot_id]
+    if allow_eos:
+        end_turn.append(config.eos_token_id)
+    elif order == "global":
+        end.append(config.eos_token_id)
+    else:
+        banned.append(config.eos_token_id)
+    return Roles(*(torch.tensor(ids, dtype=torch.int64, device=device)
+                   for ids in (banned, end + end_turn, end_turn, list(stop_tokens))))
 
 
 def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],

@@ -2,13 +2,14 @@
 
     hidden = known + unknown + epsilon
 
-`known` is a sum of a few named concepts' embeddings, `unknown` the same over concepts without a
-name, `epsilon` whatever the two leave over. Because the token logits are linear in this sum, each
-logit splits into one contribution per concept.
+`known` is a weighted sum of a few named concepts' embeddings, `unknown` the same over concepts
+without a name, and `epsilon` is *defined* as whatever the two leave over. The logit of token v is
+the dot product of this sum with v's embedding, so it splits into a contribution of each concept,
+weight * (embedding . tok_emb[v]), and one of epsilon.
 
 With epsilon present the sum *is* the hidden state (to rounding): plain generation does not depend
-on the concept heads at all; they explain it. They start to matter when a concept's weight is
-edited (epsilon is then left out, or it would undo the edit) and during training.
+on the concept heads at all; they explain it. They decide as soon as a concept's weight is edited:
+epsilon is then left out, or it would carry most of what the edit took away.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ def rows(n: int, multiple: int) -> int:
 def weighted_sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Sum of weights * table[ids] over the last dimension, without holding the gathered rows.
 
-    Args: table (C, E); ids (B, T, k) int64; weights (B, T, k). Returns (B, T, E).
+    Args: table (rows, E), E being D or r; ids, weights (B, T, k). Returns (B, T, E).
     """
     k = ids.shape[-1]
     bags = F.embedding_bag(ids.reshape(-1, k), table, mode="sum",
@@ -100,7 +101,10 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 
 @dataclass
 class Decomposition:
-    """A hidden state taken apart; composed = known + unknown + epsilon."""
+    """A hidden state taken apart; composed = known + unknown + epsilon.
+
+    The features are those after an edit, ids and logits what the heads selected before it.
+    """
 
     known: Tensor           # (B, T, D)
     unknown: Tensor         # (B, T, D)

@@ -101,7 +101,9 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
 
 def pick_device(name: str = "auto") -> torch.device:
     """The torch device of that name; "auto" is cuda > mps > cpu. ValueError if it is not there."""
-    available = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+               "cpu": True}
+    available = [kind for kind in present if present[kind]]
     if name == "auto":
         return torch.device(available[0])
     try:
@@ -109,5 +111,6 @@ def pick_device(name: str = "auto") -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in available:
-        raise ValueError(f"device {name!r} is not available here; available: {', '.join(available)}")
+        raise ValueError(f"device {name!r} is not available here; "
+                         f"available: {', '.join(available)}")
     return device

@@ -63,8 +63,9 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     """The positions to fill now: those whose best token is the most probable, surest first.
 
     `count` of them; or, when count is None, every one at or above the confidence threshold, at
-    least one. Confidences within a logit error of 1e-5 of the largest are ties, and the earliest
-    comes first: with no prompt and nothing written, all masks look exactly alike.
+    least one. Confidences p that an error of 1e-5 in a logit could make the largest (dp / dlogit
+    is p (1 - p)) count as equal to it, and of equals the earliest comes first: with no prompt and
+    nothing written, all masks look exactly alike.
     Args: logits (m, V), m >= 1. Returns confidences (n,) and rows of logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)
@@ -100,8 +101,10 @@ def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
     """Share out denoising steps over windows in proportion to their lengths.
 
     None is one step per token. The sum is `steps` as far as possible: every window gets at least
-    one step, none more than it has tokens, so that no step commits nothing. Largest remainders
-    get the steps left over, earlier windows first among equals.
+    one step, none more than it has tokens, so that no step commits nothing. Each gets its share
+    rounded down, then the steps left over go to the largest remainders, earlier windows first
+    among equals. If the minimum of one gave out too many, those farthest above their share return
+    them.
     """
     total = sum(lengths)
     steps = total if steps is None else max(len(lengths), min(steps, total))
@@ -118,7 +121,8 @@ def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
 
 
 def commits_per_step(m: int, s: int) -> list[int]:
-    """How many of a window's m tokens each of its s steps commits: m // s, the first few one more."""
+    """How many of a window's m tokens each of its s steps commits: m // s, the first m % s one
+    more."""
     return [m // s + (i < m % s) for i in range(s)]
 
 

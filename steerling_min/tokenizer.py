@@ -29,10 +29,13 @@ class Tokenizer:
         """Append the special tokens to an encoding that already has <|endoftext|>."""
         added = SPECIALS + (INSTRUCT_SPECIALS if instruct else ())
         special = {token: base.n_vocab + i for i, token in enumerate(added)}
+        taken = {*base._mergeable_ranks.values(), *base._special_tokens.values()}
+        # cl100k_base leaves 16 ids without a token; a model can still write them
+        unused = {f"<|unused_{i}|>": i for i in range(base.n_vocab) if i not in taken}
         self.encoding = tiktoken.Encoding(
             f"{base.name}_steerling", pat_str=base._pat_str,
             mergeable_ranks=base._mergeable_ranks,
-            special_tokens={**base._special_tokens, **special})
+            special_tokens={**base._special_tokens, **unused, **special})
         self.vocab_size = self.encoding.n_vocab
         self.eos_token_id = self.encoding.eot_token
         self.pad_token_id, self.bos_token_id, self.endofchunk_token_id, self.mask_token_id = (
@@ -40,7 +43,7 @@ class Tokenizer:
         if instruct:
             self.start_header_id, self.end_header_id, self.eot_id = (
                 special[token] for token in INSTRUCT_SPECIALS)
-        self.special_ids = {self.eos_token_id, *special.values()}
+        self.special_ids = set(self.encoding._special_tokens.values())
 
     @classmethod
     def cl100k(cls, instruct: bool = False) -> "Tokenizer":
@@ -73,6 +76,8 @@ class Tokenizer:
             raise ValueError(f"{path} is not a tiktoken rank file: {error}") from None
         if sorted(ranks.values()) != list(range(len(lines))) or not ranks:
             raise ValueError(f"{path} is not a tiktoken rank file: its ranks are not 0, 1, 2, ...")
+        if not all(bytes([byte]) in ranks for byte in range(256)):
+            raise ValueError(f"{path} lacks some of the 256 bytes, and could not encode any text")
         return cls.from_ranks(ranks, instruct)
 
     def save(self, path: str | Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, close
 
 from steerling_min.attention import Attention, KVCache, block_causal_mask, rotary_tables, rotate
 
@@ -56,16 +56,16 @@ def test_position_zero_is_not_turned():
 def test_the_angle_of_pair_j_is_position_times_base_to_the_minus_2j_over_d():
     cos, sin = rotary_tables(torch.tensor([3]), 4, 100.0)
     angles = [3.0, 3.0 * 100 ** -0.5]  # j = 0, 1 with d = 4
-    torch.testing.assert_close(cos[0], torch.tensor([math.cos(a) for a in angles * 2]),
-                               msg="the angles are laid out twice: [angles, angles]")
+    close(cos[0], torch.tensor([math.cos(a) for a in angles * 2]),
+          "the angles are laid out twice: [angles, angles]")
     torch.testing.assert_close(sin[0], torch.tensor([math.sin(a) for a in angles * 2]))
 
 
 def test_a_pair_turns_counter_clockwise():
     quarter = torch.full((1, 2), math.pi / 2)
     turned = rotate(torch.tensor([[1.0, 0.0]]), quarter.cos(), quarter.sin())
-    torch.testing.assert_close(turned, torch.tensor([[0.0, 1.0]]), atol=1e-6, rtol=0,
-                               msg="(1, 0) turned by 90 degrees is (0, 1): rot([a, b]) = [-b, a]")
+    close(turned, torch.tensor([[0.0, 1.0]]),
+          "(1, 0) turned by 90 degrees is (0, 1): rot([a, b]) = [-b, a]")
 
 
 def test_pairs_are_channels_j_and_j_plus_half():
@@ -129,7 +129,7 @@ def test_projections_are_clamped_before_the_heads_are_split():
     attn.c_proj.weight.data = torch.eye(32)
     x[..., 0] = 1.0
     out = attn(x, cos, sin, mask)
-    torch.testing.assert_close(out, torch.full_like(out, 10.0), msg="clip_qkv = 10 bounds v too")
+    close(out, torch.full_like(out, 10.0), "clip_qkv = 10 bounds v too")
 
 
 def test_without_clip_qkv_nothing_is_clamped():

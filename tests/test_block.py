@@ -5,7 +5,7 @@ import torch
 from steerling_min.attention import block_causal_mask, rotary_tables
 from steerling_min.block import MLP, Block
 
-from conftest import CONFIG
+from conftest import CONFIG, close
 
 
 def test_the_mlp_gates_the_first_half_with_silu_of_the_second():
@@ -18,8 +18,8 @@ def test_the_mlp_gates_the_first_half_with_silu_of_the_second():
     x = torch.zeros(1, 1, 32)
     x[..., 0], x[..., 1] = 2.0, -1.5
     silu = -1.5 / (1 + torch.tensor(1.5).exp())
-    torch.testing.assert_close(mlp(x), (6.0 * silu).expand(1, 1, 32),
-                               msg="c_fc gives [up, gate]; out = c_proj(up * silu(gate))")
+    close(mlp(x), (6.0 * silu).expand(1, 1, 32),
+          "c_fc gives [up, gate]; out = c_proj(up * silu(gate))")
 
 
 def a_block():
@@ -37,8 +37,8 @@ def test_the_norms_sit_on_the_branches_outputs():
     expected = after_attention + block.ln_2(block.mlp(after_attention))
     torch.testing.assert_close(block(x, *around), expected)
     added = (block(x, *around) - after_attention).square().mean(-1).sqrt()
-    torch.testing.assert_close(added, torch.ones(1, 8), atol=1e-2, rtol=0,
-                               msg="ln_2 (weight 1) gives what the MLP adds root mean square 1")
+    close(added, torch.ones(1, 8), "ln_2 (weight 1) gives what the MLP adds root mean square 1",
+          atol=1e-2)
 
 
 def test_nothing_normalises_what_a_branch_reads():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, close
 
 from steerling_min.iguide import KnownHead, UnknownHead, decompose, set_weights, weighted_sum
 
@@ -72,7 +72,8 @@ def test_known_features_weigh_embeddings_by_sigmoid():
     known, unknown = heads()
     parts = decompose(HIDDEN, known, unknown)
     rows = known.concept_embedding.weight[parts.known_ids]  # (2, 5, k, 32)
-    torch.testing.assert_close(parts.known, (parts.known_logits.sigmoid()[..., None] * rows).sum(-2))
+    weighed = parts.known_logits.sigmoid()[..., None] * rows
+    torch.testing.assert_close(parts.known, weighed.sum(-2))
 
 
 def test_unknown_embeddings_are_coefficients_times_basis():
@@ -82,15 +83,15 @@ def test_unknown_embeddings_are_coefficients_times_basis():
     dense = (parts.unknown_logits.sigmoid()[..., None] * embedding[parts.unknown_ids]).sum(-2)
     torch.testing.assert_close(parts.unknown, dense, atol=1e-5, rtol=1e-5)
     predictor = unknown.predictor_up.weight @ unknown.predictor_down.weight  # (16, 32)
-    torch.testing.assert_close(unknown.logits(HIDDEN), (HIDDEN @ predictor.T)[..., :8].clamp(-15, 15),
-                               atol=1e-4, rtol=1e-4)
+    logits = (HIDDEN @ predictor.T)[..., :8].clamp(-15, 15)
+    torch.testing.assert_close(unknown.logits(HIDDEN), logits, atol=1e-4, rtol=1e-4)
 
 
 # ---- the decomposition ---------------------------------------------------------------------------
 
 def test_with_epsilon_composed_is_the_hidden_state():
     parts = decompose(HIDDEN, *heads())
-    torch.testing.assert_close(parts.composed, HIDDEN, msg="epsilon = hidden - (known + unknown)")
+    close(parts.composed, HIDDEN, "epsilon = hidden - (known + unknown)")
     torch.testing.assert_close(parts.known + parts.unknown + parts.epsilon, parts.composed)
     assert parts.epsilon.abs().max() > 0.1
 
@@ -143,7 +144,8 @@ def test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else(which)
     plain = decompose(HIDDEN, known, unknown)
     edited = decompose(HIDDEN, known, unknown, **{which: {2: 1.7}}, epsilon="keep")
     if which == "known":
-        embedding, ids, logits = known.concept_embedding.weight[2], plain.known_ids, plain.known_logits
+        embedding = known.concept_embedding.weight[2]
+        ids, logits = plain.known_ids, plain.known_logits
     else:
         embedding = unknown.embedding_basis.weight @ unknown.embedding_coef.weight[2]
         ids, logits = plain.unknown_ids, plain.unknown_logits
@@ -167,10 +169,10 @@ def test_no_edit_keeps_epsilon_whatever_the_option_says():
         torch.testing.assert_close(parts.composed, HIDDEN)
 
 
-@pytest.mark.parametrize("edit", [{"known": {8: 1.0}}, {"known": {-1: 1.0}}, {"unknown": {8: 1.0}}])
-def test_a_concept_that_does_not_exist_is_refused(edit):
-    with pytest.raises(ValueError, match="known concept .* does not exist; ids are 0 to 7"):
-        decompose(HIDDEN, *heads(), **edit)
+@pytest.mark.parametrize("head, concept", [("known", 8), ("known", -1), ("unknown", 8)])
+def test_a_concept_that_does_not_exist_is_refused(head, concept):
+    with pytest.raises(ValueError, match=f"^{head} concept {concept} .*; ids are 0 to 7"):
+        decompose(HIDDEN, *heads(), **{head: {concept: 1.0}})
 
 
 def test_options_that_make_no_sense_are_refused():

@@ -1,5 +1,6 @@
 """The assembled model against the official package, and where it departs on purpose."""
 
+import dataclasses
 import math
 
 import pytest
@@ -102,7 +103,6 @@ def test_logits_are_read_off_the_composed_state(model, golden):
 
 def test_initialisation_scales_what_ends_a_branch():
     torch.manual_seed(0)
-    import dataclasses
     model = Steerling(dataclasses.replace(CONFIG, n_layers=8, n_embd=128))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:

@@ -1,6 +1,7 @@
 """RMSNorm: size without direction."""
 
 import torch
+from conftest import close
 
 from steerling_min.norm import RMSNorm
 
@@ -8,17 +9,17 @@ from steerling_min.norm import RMSNorm
 def test_every_vector_comes_out_with_root_mean_square_one():
     y = RMSNorm(64, eps=1e-12)(torch.randn(3, 5, 64) * 7 + 2)
     rms = y.square().mean(-1).sqrt()
-    torch.testing.assert_close(rms, torch.ones(3, 5), msg="divide by sqrt(mean(x^2)), not the norm")
+    close(rms, torch.ones(3, 5), "divide by sqrt(mean(x^2)), not the norm")
 
 
 def test_the_mean_is_not_subtracted():
     y = RMSNorm(8, eps=1e-12)(torch.full((1, 8), 3.0))
-    assert (y > 0.99).all(), "a constant vector stays constant: RMSNorm does not centre (LayerNorm does)"
+    assert (y > 0.99).all(), "RMSNorm does not centre: a constant stays (LayerNorm differs)"
 
 
 def test_eps_is_added_to_the_mean_square_inside_the_root():
     y = RMSNorm(4, eps=3.0)(torch.ones(1, 4))
-    torch.testing.assert_close(y, torch.full((1, 4), 0.5), msg="1 / sqrt(1 + 3) = 0.5")
+    close(y, torch.full((1, 4), 0.5), "1 / sqrt(1 + 3) = 0.5")
 
 
 def test_the_weight_scales_each_channel():

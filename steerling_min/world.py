@@ -1,0 +1,208 @@
+"""The tiny world: labelled short stories from a grammar, so that the truth is known.
+
+    The old sailor Mara lived near the harbour with a dog named Biscuit and a brass key. Salt wind
+      blew across the anchor until sunset. Mara smiled all the way home.
+    The waves carried Biscuit toward the reef. "Look at the gull," said Mara.
+
+A story is four to seven chunks (two of them above). The first sentence draws a hero, a friend, a
+place and a thing, which come back by name in later chunks: who reads on must remember them. Every
+chunk has one topic, often a mood, sometimes a form, and is labelled with them. The tables of
+`grammar.py` write the stories, recognise sentences, and give the exact entropy: the limit that
+training can approach.
+"""
+
+import math
+import random
+import re
+from typing import NamedTuple
+
+from .grammar import FORMS, INTRO, MOODS, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
+
+CHUNKS = (4, 5, 6, 7)  # chunks of a story, equally likely
+KEEP_TOPIC = 1 / 2     # a chunk keeps the topic of the one before; else any other, equally likely
+MOOD = 2 / 3           # share of chunks with a mood sentence
+FORM = 1 / 2           # share of chunks, after the first, with a form sentence
+SENTENCE_END = re.compile(r"(?<=[.?]) (?=[A-Z\"])")  # where a chunk is cut into sentences
+
+
+# ---- the concepts --------------------------------------------------------------------------------
+
+class Concept(NamedTuple):
+    id: int
+    name: str
+    kind: str         # topic, mood or form
+    description: str
+
+
+CONCEPTS = tuple(
+    Concept(i, name, kind, f"the chunk {verb} {name}")
+    for i, (name, kind, verb) in enumerate(
+        [(name, "topic", "is about the topic") for name in TOPICS]
+        + [(name, "mood", "shows the mood") for name in MOODS]
+        + [(name, "form", "has a sentence of the form") for name in FORMS]))
+CONCEPT_IDS = {concept.name: concept.id for concept in CONCEPTS}
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+class Chunk(NamedTuple):
+    text: str
+    concepts: tuple[int, ...]  # sorted ids
+
+
+class Story(NamedTuple):
+    chunks: tuple[Chunk, ...]
+    hero: str
+    log_prob: float  # natural log of the probability that write_story writes this text
+
+
+def slots_of(template: str) -> list[str]:
+    """The names of a template's slots, in order."""
+    return re.findall(r"\{(\w+)\}", template)
+
+
+def fillers(slot: str, nouns: list[str]) -> list[str]:
+    """What may stand in a slot, given the nouns of the topic."""
+    return nouns if slot == "noun" else {**STORY_SLOTS, **SENTENCE_SLOTS}[slot]
+
+
+def write_story(rng: random.Random) -> Story:
+    """Draw a story. No two ways of drawing give the same text, so log_prob is the text's."""
+    log_prob = 0.0
+
+    def choose(options):
+        nonlocal log_prob
+        log_prob -= math.log(len(options))
+        return rng.choice(options)
+
+    def happens(p):
+        nonlocal log_prob
+        yes = rng.random() < p
+        log_prob += math.log(p if yes else 1 - p)
+        return yes
+
+    def sentence(templates, nouns):
+        text = choose(templates)
+        for slot in slots_of(text):
+            filler = story[slot] if slot in story else choose(fillers(slot, nouns))
+            text = text.replace("{" + slot + "}", filler)
+        return text
+
+    story = {slot: choose(STORY_SLOTS[slot]) for slot in slots_of(INTRO)}
+    chunks, topic = [], None
+    for i in range(choose(CHUNKS)):
+        if topic is None or not happens(KEEP_TOPIC):
+            topic = choose([name for name in TOPICS if name != topic])
+        nouns, templates = TOPICS[topic]
+        sentences, names = [sentence(templates, nouns)], [topic]
+        if happens(MOOD):
+            names.append(choose(list(MOODS)))
+            sentences.append(sentence(MOODS[names[-1]], nouns))
+        if i > 0 and happens(FORM):
+            names.append(choose(list(FORMS)))
+            sentences.append(sentence(FORMS[names[-1]], nouns))
+        if i == 0:
+            sentences.insert(0, sentence([INTRO], nouns))
+        chunks.append(Chunk(" ".join(sentences), tuple(sorted(CONCEPT_IDS[n] for n in names))))
+    return Story(tuple(chunks), story["hero"], log_prob)
+
+
+# ---- recognising ---------------------------------------------------------------------------------
+
+def pattern_of(template: str, nouns: list[str]) -> re.Pattern:
+    """A regular expression that matches exactly the sentences a template can become."""
+    pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
+    for slot in slots_of(template):
+        pattern = pattern.replace("{" + slot + "}", f"({'|'.join(fillers(slot, nouns))})")
+    return re.compile(pattern)
+
+
+ALL_NOUNS = sorted({noun for nouns, _ in TOPICS.values() for noun in nouns})
+RULES = [(pattern_of(INTRO, []), ())] + [
+    (pattern_of(template, nouns), (CONCEPT_IDS[name],))
+    for name, (nouns, templates) in [
+        *TOPICS.items(),
+        *((name, (ALL_NOUNS, templates)) for name, templates in {**MOODS, **FORMS}.items())]
+    for template in templates]
+
+
+def split_sentences(text: str) -> list[str]:
+    """A chunk's text cut into its sentences."""
+    return SENTENCE_END.split(text) if text else []
+
+
+def recognise(sentence: str) -> tuple[int, ...] | None:
+    """The ids of the concepts that a sentence shows; None when it is not in the grammar."""
+    for pattern, concepts in RULES:
+        if pattern.fullmatch(sentence):
+            return concepts
+    return None
+
+
+def hero_of(sentence: str) -> str | None:
+    """The hero's name in a sentence, or None."""
+    return next((name for name in STORY_SLOTS["hero"] if re.search(rf"\b{name}\b", sentence)), None)
+
+
+# ---- the limit -----------------------------------------------------------------------------------
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def expected_over_story(sentence_value, draw_value) -> float:
+    """The expectation over stories of a sum with a term for every sentence and every draw.
+
+    sentence_value(templates, nouns, first): expected term of a sentence, `first` in its chunk or
+    not. draw_value(probabilities): expected term of a draw among options of these probabilities.
+    """
+    topics, moods, forms = TOPICS.values(), MOODS.values(), FORMS.values()
+
+    def uniform(n):
+        return draw_value([1 / n] * n)
+
+    def over_kinds(kinds):  # a drawn mood or form, then its sentence; nouns of any topic
+        return uniform(len(kinds)) + mean(sentence_value(templates, nouns, False)
+                                          for templates in kinds for nouns, _ in topics)
+
+    def topic_sentence(first):
+        return mean(sentence_value(templates, nouns, first) for nouns, templates in topics)
+
+    mood = draw_value([MOOD, 1 - MOOD]) + MOOD * over_kinds(moods)
+    form = draw_value([FORM, 1 - FORM]) + FORM * over_kinds(forms)
+    switch = draw_value([KEEP_TOPIC, 1 - KEEP_TOPIC]) + (1 - KEEP_TOPIC) * uniform(len(topics) - 1)
+    first_chunk = (sentence_value([INTRO], [], True) + uniform(len(topics)) + topic_sentence(False)
+                   + mood)
+    later_chunk = switch + topic_sentence(True) + mood + form
+    names = sum(uniform(len(STORY_SLOTS[slot])) for slot in slots_of(INTRO))
+    return uniform(len(CHUNKS)) + names + first_chunk + (mean(CHUNKS) - 1) * later_chunk
+
+
+def entropy() -> float:
+    """The exact entropy of a story, in nats: the expectation of -log_prob."""
+    def sentence_value(templates, nouns, first):
+        drawn = (sum(math.log(len(fillers(slot, nouns))) for slot in slots_of(template)
+                     if slot not in STORY_SLOTS) for template in templates)
+        return math.log(len(templates)) + mean(drawn)
+    return expected_over_story(sentence_value, lambda p: -sum(q * math.log(q) for q in p))
+
+
+def expected_tokens(count) -> float:
+    """The exact expected number of tokens of a story's chunks.
+
+    count(text) -> int counts the tokens of a piece of text; tokenizers that split text into words,
+    each with the space before it, make it additive over slots and what stands between them.
+    """
+    def template_tokens(template, nouns, first):
+        pieces = re.split(r"( ?\{\w+\})", ("" if first else " ") + template)
+        total = 0.0
+        for piece in filter(None, pieces):
+            space, slot = re.fullmatch(r"( ?)(?:\{(\w+)\})?.*", piece).groups()
+            total += (count(piece) if slot is None
+                      else mean(count(space + filler) for filler in fillers(slot, nouns)))
+        return total
+
+    def sentence_value(templates, nouns, first):
+        return mean(template_tokens(template, nouns, first) for template in templates)
+    return expected_over_story(sentence_value, lambda p: 0.0)

@@ -1,0 +1,257 @@
+"""sample.py as a user runs it: text, one line of figures, and one line when something is wrong."""
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sample
+from steerling_min import Config, Tokenizer, load
+from steerling_min.checkpoint import TINY
+from steerling_min.diffusion import Step
+
+FIGURES = (r"(\d+) tokens in (\d+) steps, [\d.]+ s: ([\d.]+) tok/s, ([\d.]+) GB/s of weights read, "
+           r"[\d.]+ GB peak memory")
+
+
+@pytest.fixture
+def run(tiny_folder, monkeypatch, capsys):
+    """Call sample.py in this process: run("--seed", 1) -> its exit code and what it wrote.
+
+    It writes 8 tokens after "abcd ab" with the tiny folder's model, unless the arguments differ.
+    """
+    def run(*args, stdin=None, model=tiny_folder, new=8):
+        argv = ["sample.py", "--device", "cpu"]
+        argv += ["--model", model] if model else []
+        argv += ["--max-new-tokens", new] if new else []
+        argv += ["--prompt", "abcd ab"] if stdin is None else []
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in (*argv, *args)])
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code = 0
+        try:
+            sample.main()
+        except SystemExit as stop:
+            code = stop.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+    return run
+
+
+def parts(out) -> tuple[str, list[str], re.Match]:
+    """The heading, the texts and the figures of an output."""
+    heading, rest = out.split("\n", 1)
+    *texts, closing = rest.split("\n---\n")
+    figures = re.fullmatch(FIGURES + "\n", closing)
+    assert figures, f"the closing line is {closing!r}"
+    return heading, texts, figures
+
+
+# ---- what it writes ------------------------------------------------------------------------------
+
+
+def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
+    """The one real process: what a shell would see, from any folder."""
+    command = [sys.executable, sample.__file__, "--model", tiny_folder, "--max-new-tokens", "8",
+               "--seed", "7", "--device", "cpu"]
+    env = os.environ | {"PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    piped = subprocess.run(command, input="abcd ab\n", capture_output=True, encoding="utf-8",
+                           cwd=tmp_path, env=env)
+    assert (piped.returncode, piped.stderr) == (0, "")
+    heading, texts, figures = parts(piped.stdout)
+    assert "seed 7" in heading and "1,072,512 parameters, float32, on cpu" in heading
+    assert len(texts) == 1 and texts[0].startswith("abcd ab")
+    given = parts(run("--seed", 7).out)
+    assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"
+
+
+def test_the_same_seed_writes_the_same_text(run):
+    first, again, other = (parts(run("--seed", seed).out)[1] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_seed_that_was_drawn_is_printed_and_repeats_the_text(run):
+    heading, texts, _ = parts(run().out)
+    seed = re.search(r"seed (\d+)", heading)[1]
+    assert parts(run("--seed", seed).out)[1] == texts
+
+
+def test_the_second_sample_is_what_the_next_seed_writes(run):
+    both = parts(run("--seed", 3, "--num-samples", 2).out)
+    assert len(both[1]) == 2 and both[2][1] == "16", "16 tokens in all"
+    assert both[1] == [parts(run("--seed", seed).out)[1][0] for seed in (3, 4)]
+
+
+def test_a_temperature_switches_entropy_sampling_off(run):
+    outs = [run("--seed", seed, "--temperature", 0).out for seed in (1, 2)]
+    assert parts(outs[0])[1] == parts(outs[1])[1], "greedy: no draw, so the seed does not matter"
+    assert "temperature 0" in outs[0] and "entropy sampling" not in outs[0]
+    assert "entropy sampling" in run().out
+
+
+@pytest.mark.parametrize("options, steps", [
+    ([], 8), (["--steps", 3], 3), (["--steps", 99], 8),
+    (["--threshold", 1], 8), (["--threshold", 0], 1), (["--order", "global", "--steps", 2], 2),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
+def test_steps_and_threshold_say_how_many_passes_are_made(run, tiny_folder, options, steps):
+    assert parts(run(*options, "--no-align").out)[2][2] == str(steps)
+
+
+def test_windows_end_at_attention_blocks_unless_told_otherwise(run):
+    """16 tokens after a prompt of a few: an attention block's edge lies between."""
+    options = ["--max-new-tokens", 16, "--threshold", 0]  # one step per window
+    assert parts(run(*options).out)[2][2] == "2"
+    assert parts(run(*options, "--no-align").out)[2][2] == "1"
+
+
+@pytest.mark.parametrize("prompt, new", [("ab", 128), ("x" * 200, 56)], ids=["short", "long"])
+def test_without_a_length_128_tokens_are_written_or_what_there_is_room_for(run, prompt, new):
+    figures = parts(run("--prompt", prompt, "--threshold", 0, "--no-align", new=None).out)[2]
+    assert figures[1] == str(new), "in a context of 256"
+
+
+def test_the_figures_follow_from_the_clock(run, tiny_folder, monkeypatch):
+    monkeypatch.setattr(sample.time, "perf_counter", iter([5.0, 5.001]).__next__)
+    figures = parts(run("--steps", 4, "--no-align").out)[2]
+    assert figures[3] == "8000.0", "8 tokens in a millisecond"
+    nbytes = sum(4 * p.numel() for p in load(tiny_folder, "cpu")[0].transformer.parameters())
+    assert float(figures[4]) == pytest.approx(4 * nbytes / 0.001 / 1e9, abs=0.1), (
+        "every step reads the backbone's weights once")
+
+
+def test_a_terminal_that_lacks_a_character_gets_the_rest(run, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run("--prompt", "caf\u00e9").code == 0
+    sys.stdout.flush()
+    assert b"\ncaf?" in raw.getvalue()
+
+
+@pytest.mark.skipif(not (TINY / "model.safetensors").is_file(), reason="no bundled model")
+def test_without_a_folder_the_bundled_model_writes(run):
+    result = run(model=None)
+    assert result.code == 0 and result.out.startswith("model tiny (bundled)")
+    assert parts(result.out)[1][0].startswith("abcd ab")
+
+
+# ---- tokens as text ------------------------------------------------------------------------------
+
+
+def test_chunks_stand_on_lines_of_their_own_up_to_the_end_of_the_text(tiny_folder):
+    tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.tiktoken")
+    a, b = tokenizer.encode("ab"), tokenizer.encode("cd")
+    eoc, eos = tokenizer.endofchunk_token_id, tokenizer.eos_token_id
+    assert sample.text_of(tokenizer, [*a, eoc, *b, eos, *a], [eos]) == "ab\ncd"
+    assert sample.text_of(tokenizer, [*a, eos], []) == "ab"
+
+
+def a_step(tokens, unwritten=0):
+    return Step(tokens, (), (), (), torch.tensor([unwritten]))
+
+
+def test_a_text_that_ended_early_says_how_much_was_left_unwritten(run, tiny_folder, monkeypatch):
+    tokens = torch.tensor([[97, 98, 99, *[Config.tiny().mask_token_id] * 3]])
+    monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([a_step(tokens, 3)]))
+    out = run("--seed", 0).out
+    assert "\nabc\n---\nended early: 3 of 8 positions were left unwritten\n5 tokens in 1" in out
+
+
+# ---- what it refuses -----------------------------------------------------------------------------
+
+
+def refusal(result) -> str:
+    """The run ended with code 2 and one line on standard error, which is returned."""
+    assert result.code == 2
+    assert result.err.startswith("sample.py: ") and result.err.count("\n") == 1, result.err
+    return result.err
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--prompt", "x" * 300], "a prompt of 300 tokens leaves no room in the context of 256"),
+    (["--max-new-tokens", 0], "0 new tokens"),
+    (["--max-new-tokens", -1], "-1 new tokens"),
+    (["--max-new-tokens", 256], "256 new tokens after a prompt of"),
+    (["--max-new-tokens", "many"], "--max-new-tokens: invalid int value: 'many'"),
+    (["--steps", 0], "steps = 0 is not supported"),
+    (["--threshold", 2], "confidence_threshold = 2.0 is not supported"),
+    (["--threshold", "nan"], "confidence_threshold = nan is not supported"),
+    (["--threshold", 0.9, "--steps", 4], "steps and confidence_threshold exclude each other"),
+    (["--temperature", -1], "temperature = -1.0 is not supported"),
+    (["--top-p", 1.5], "top_p = 1.5 is not supported"),
+    (["--seed", -1], "seed = -1 is not supported"),
+    (["--num-samples", 0], "--num-samples 0: must be at least 1"),
+    (["--order", "sideways"], "invalid choice: 'sideways'"),
+    (["--device", "nonsense"], "device 'nonsense' is not available here"),
+    (["--device", "meta"], "device 'meta' is not available here"),
+    (["--dtype", "int8"], "invalid choice: 'int8'"),
+    (["--model", "no/such/folder"], "no checkpoint folder at no/such/folder"),
+    (["--model", sample.__file__], "no checkpoint folder at"),
+    (["--colour", "red"], "unrecognized arguments: --colour red"),
+], ids=lambda x: " ".join(map(str, x))[:30] if isinstance(x, list) else "")
+def test_a_wrong_argument_is_one_line(run, options, message):
+    assert message in refusal(run(*options))
+
+
+def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert "hf download guidelabs/steerling-8b" in refusal(run("--model", "guidelabs/steerling-8b"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stdin", [
+    Terminal("never read"), io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")],
+    ids=["a terminal", "not UTF-8"])
+def test_a_prompt_that_cannot_be_read_is_one_line(run, stdin):
+    assert "prompt" in refusal(run(stdin=stdin))
+
+
+def test_an_empty_pipe_is_an_empty_prompt(run):
+    assert run(stdin=io.StringIO("")).code == 0
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("config.json", b"{", "config.json is not JSON"),
+    ("model.safetensors", b"", "model.safetensors is damaged"),
+    ("tokenizer.tiktoken", b"YQ== 0\n", "tokenizer.tiktoken"),
+])
+def test_a_damaged_folder_is_one_line(run, tiny_folder, tmp_path, name, damage, message):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (Path(folder) / name).write_bytes(damage)
+    assert message in refusal(run(model=folder))
+
+
+def raising(error):
+    def write(model, tokenizer, args):
+        raise error
+    return write
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+], ids=lambda error: type(error).__name__)
+def test_too_little_memory_is_one_line(run, monkeypatch, error):
+    monkeypatch.setattr(sample, "write", raising(error))
+    assert "not enough memory" in refusal(run())
+
+
+def test_a_bug_is_not_hidden(run, monkeypatch):
+    """Only what a user can put right becomes one line; the rest keeps its traceback."""
+    monkeypatch.setattr(sample, "write", raising(RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run()
+
+
+def test_an_interrupt_ends_quietly(run, monkeypatch):
+    monkeypatch.setattr(sample, "write", raising(KeyboardInterrupt))
+    result = run()
+    assert (result.code, result.err) == (130, "")
