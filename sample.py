@@ -87,7 +87,7 @@ def write(model: Steerling, tokenizer: Tokenizer, args: argparse.Namespace) -> N
     prompt = tokenizer.encode(args.prompt)
     new = args.max_new_tokens
     if new is None:
-        new = max(1, min(128, model.config.block_size - len(prompt)))
+        new = min(128, model.config.block_size - len(prompt))
     began = time.perf_counter()
     steps = 0
     for step in unmask(model, [prompt] * args.num_samples, new, steps=args.steps,

@@ -160,7 +160,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         its right with <|endoftext|> and ends the sequence; masks to its left stay.
     stop_tokens: a sequence ends after a window that brought its new text one of these ids.
     seed: None draws differently every time.
-    use_cache: exact block caching; False recomputes everything, for the same tokens.
+    use_cache: exact block caching; False recomputes everything, for the same tokens (in float32;
+        in bfloat16 the two round differently).
 
     Raises ValueError (at the first step), naming the argument, for a value that cannot be honoured.
     """
@@ -283,7 +284,8 @@ def check_options(config, steps, temperature, top_p, repetition_penalty, cfg_sca
     known_ids = all(0 <= i < config.vocab_size for i in stop_tokens)
     for ok, name, value, supported in (
             (whole, "steps", steps, "None or a whole number, 1 or more"),
-            (temperature >= 0, "temperature", temperature, "0 (greedy) or more"),
+            (temperature == 0 or 1e-6 <= temperature <= 1e6, "temperature", temperature,
+             "0 (greedy), or 1e-6 to 1e6"),
             (0 <= top_p <= 1, "top_p", top_p, "0 to 1"),
             (repetition_penalty > 0, "repetition_penalty", repetition_penalty, "above 0; 1 = none"),
             (cfg_scale >= 0, "cfg_scale", cfg_scale, "0 (off) or more"),

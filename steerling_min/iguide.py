@@ -99,6 +99,21 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
     return ids, weights
 
 
+def apply_head(head: KnownHead | UnknownHead, hidden: Tensor, edits: dict[int, float] | None,
+               positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a head makes of hidden (B, T, D).
+
+    Returns the ids and logits (B, T, k) of its top-k concepts, largest logit first, and its
+    features (B, T, D) without and with the edits; a concept's weight is sigmoid(logit).
+    """
+    logits, ids = head.logits(hidden).topk(head.topk, dim=-1)  # (B, T, k), sorted
+    weights = logits.sigmoid()
+    plain = edited = head.features(ids, weights)  # (B, T, D)
+    if edits:
+        edited = head.features(*set_weights(ids, weights, edits, positions))
+    return ids, logits, plain, edited
+
+
 @dataclass
 class Decomposition:
     """A hidden state taken apart; composed = known + unknown + epsilon.
@@ -132,7 +147,6 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     Raises ValueError for a concept id out of range, another word for epsilon, or positions of the
     wrong shape.
     """
-    edits = {"known": known or {}, "unknown": unknown or {}}
     if epsilon not in ("drop", "keep"):
         raise ValueError(f"epsilon = {epsilon!r} is not supported; supported: 'drop', 'keep'")
     if positions is None:
@@ -140,21 +154,20 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     if positions.shape != hidden.shape[:2] or positions.dtype != torch.bool:
         raise ValueError(f"positions must be a bool mask of shape {tuple(hidden.shape[:2])}, "
                          f"not {positions.dtype} of shape {tuple(positions.shape)}")
-    plain, edited, selected = {}, {}, {}
-    for name, head in (("known", known_head), ("unknown", unknown_head)):
-        for concept in edits[name]:
+    for name, head, edits in (("known", known_head, known), ("unknown", unknown_head, unknown)):
+        for concept in edits or {}:
             if not 0 <= concept < head.n_concepts:
                 raise ValueError(f"{name} concept {concept} does not exist; "
                                  f"ids are 0 to {head.n_concepts - 1}")
-        logits, ids = head.logits(hidden).topk(head.topk, dim=-1)  # (B, T, k), sorted
-        weights = logits.sigmoid()
-        plain[name] = edited[name] = head.features(ids, weights)  # (B, T, D)
-        selected[name] = ids, logits
-        if edits[name]:
-            edited[name] = head.features(*set_weights(ids, weights, edits[name], positions))
-    rest = hidden - (plain["known"] + plain["unknown"])  # (B, T, D), epsilon
-    if epsilon == "drop" and any(edits.values()):
+
+    known_ids, known_logits, plain_known, known_now = apply_head(
+        known_head, hidden, known, positions)
+    unknown_ids, unknown_logits, plain_unknown, unknown_now = apply_head(
+        unknown_head, hidden, unknown, positions)
+    rest = hidden - (plain_known + plain_unknown)  # (B, T, D), epsilon
+    if epsilon == "drop" and (known or unknown):
         rest = rest.masked_fill(positions[..., None], 0.0)
-    composed = edited["known"] + edited["unknown"] + rest
-    return Decomposition(edited["known"], edited["unknown"], rest, composed,
-                         *selected["known"], *selected["unknown"])
+    return Decomposition(
+        known=known_now, unknown=unknown_now, epsilon=rest, composed=known_now + unknown_now + rest,
+        known_ids=known_ids, known_logits=known_logits,
+        unknown_ids=unknown_ids, unknown_logits=unknown_logits)

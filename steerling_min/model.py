@@ -110,7 +110,8 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in available:
+    if (device is None or device.type not in available
+            or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not available here; "
                          f"available: {', '.join(available)}")
     return device

@@ -74,7 +74,7 @@ class Tokenizer:
             ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a tiktoken rank file: {error}") from None
-        if sorted(ranks.values()) != list(range(len(lines))) or not ranks:
+        if sorted(ranks.values()) != list(range(len(lines))):
             raise ValueError(f"{path} is not a tiktoken rank file: its ranks are not 0, 1, 2, ...")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError(f"{path} lacks some of the 256 bytes, and could not encode any text")

@@ -312,6 +312,8 @@ def test_stop_tokens_are_looked_for_in_new_text_after_a_window(model):
     ({"steps": 2.5}, "steps = 2.5"),
     ({"temperature": -1.0}, "temperature"),
     ({"temperature": math.nan}, "temperature"),
+    ({"temperature": 1e-40}, "temperature"),
+    ({"temperature": math.inf}, "temperature"),
     ({"top_p": 1.5}, "top_p"),
     ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ({"cfg_scale": -0.5}, "cfg_scale"),

@@ -85,6 +85,14 @@ def test_departure_the_weight_of_an_unselected_unknown_concept_is_set(model, gol
         "not selected: the official sparse path subtracts a weight that was never added")
 
 
+def test_departure_an_edit_keeps_topk_known_features_concepts(model, golden):
+    other = Steerling(dataclasses.replace(model.config, topk_known=2, topk_known_features=4))
+    other.load_state_dict(model.state_dict())
+    out = run(other, golden["input_ids"], known={3: 1.5, 7: 0.0})
+    assert out.known_ids.shape[-1] == 4, "the official package would switch to topk_known here"
+    check(out.known, golden["int_known.known_features"], "known, edited")
+
+
 def test_parity_of_injection(model, golden):
     tokens, at = golden["input_ids"], golden["variant_positions"]
     masked = (tokens == model.config.mask_token_id)[..., None]
