@@ -14,6 +14,7 @@ training can approach.
 import math
 import random
 import re
+from statistics import fmean as mean
 from typing import NamedTuple
 
 from .grammar import FORMS, INTRO, MOODS, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
@@ -146,13 +147,11 @@ def hero_of(sentence: str) -> str | None:
 
 # ---- the limit -----------------------------------------------------------------------------------
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def expected_over_story(sentence_value, draw_value) -> float:
     """The expectation over stories of a sum with a term for every sentence and every draw.
+
+    It follows write_story: an introduction, a topic sentence and perhaps a mood in the first
+    chunk; a topic sentence, perhaps a mood and perhaps a form in each later one.
 
     sentence_value(templates, nouns, first): expected term of a sentence, `first` in its chunk or
     not. draw_value(probabilities): expected term of a draw among options of these probabilities.
