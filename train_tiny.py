@@ -1,73 +1,78 @@
-"""Train the tiny Steerling on its tiny world: causal masked diffusion, from scratch, on a laptop.
+"""Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
-    python train_tiny.py                 # about half an hour on two CPU cores, into runs/tiny
-    python sample.py --model runs/tiny --prompt "The old sailor"
+    python train_tiny.py                        # the bundled model: under an hour on two CPU cores
+    python train_tiny.py --minutes 10           # what a student has
+    python train_tiny.py --evaluate runs/tiny   # how good it is, as a table
+    python train_tiny.py --text my.txt          # on your own text
+    torchrun --nproc-per-node 2 train_tiny.py   # on several GPUs, or several processes
 
-One step: take windows of packed stories, let every diffusion block draw a noise level t, turn each
-of its tokens into <|mask|> with probability t, predict the originals with the block-causal model,
-and learn from the masked positions only. The model reads this one noisy sequence: a block is
+One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
+each of its tokens into <|mask|> with probability t, predict the originals with the block-causal
+model, and learn from the masked positions only. The model reads this one noisy sequence: a block is
 predicted from earlier blocks that are noisy too (Block Diffusion puts a clean copy beside it, which
 costs about twice as much). When text is written, earlier blocks are clean.
+
+The concept layer learns at the same time; `steerling_min/losses.py` says what, and why,
+and `steerling_min/objective.py` puts a step together.
 """
 
+import dataclasses
 import math
+import os
 import random
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from argparse import Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from steerling_min import Config, Steerling, Tokenizer, generate, load
+from steerling_min import Config, Steerling
 from steerling_min.cli import Parser
-from steerling_min.diffusion import corrupt, noise_levels, token_loss
+from steerling_min.curve import save_png, text_curve
+from steerling_min.data import LABELS, Batch, Stories, Texts, count_tokens, cut, write_labels
+from steerling_min.diffusion import corrupt, noise_levels
+from steerling_min.distributed import RANK, WORLD, agreed
+from steerling_min.evaluate import evaluate, held_out_loss, print_table
+from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
+from steerling_min.objective import PARTS, Objective, injections
+from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
-from steerling_min.world import recognise, split_sentences, write_story
 
-BATCH = 8            # windows of one step
-WARMUP = 100         # steps until the peak learning rate; a cosine to 0 follows
+STEPS = 10_000        # of the bundled model
+WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of tok_emb's first weights
-LOG_EVERY = 50       # steps
-VOCAB_SIZE = 512     # of the tokenizer, special tokens included
+DROPOUT = 0.25       # residual dropout: the share of windows that lose epsilon, in the second half
+STEER_FROM = 0.6     # concepts are injected in what comes after this part of training
+LOG_EVERY = 100      # steps
+SAVE_EVERY = 60      # seconds
+
+SIZES = {  # what differs from Config.tiny()
+    "tiny": {},                                                                     # 1.1 M
+    "small": {"n_layers": 8, "n_embd": 256, "n_head": 8},                           # 8 M
+    "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
+               "block_size": 512, "diff_block_size": 32, "factorize_rank": 64},     # 110 M
+    "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
+              "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 850 M
+}
 
 
-def make_tokenizer() -> Tokenizer:
-    """Learn the tiny vocabulary from 100 stories; the same one every time."""
-    rng = random.Random(0)
-    stories = [" ".join(chunk.text for chunk in write_story(rng).chunks) for _ in range(100)]
-    return Tokenizer.train("\n".join(stories), VOCAB_SIZE)
-
-
-def story_tokens(tokenizer: Tokenizer, rng: random.Random) -> list[int]:
-    """One document: <|bos|> chunk <|endofchunk|> chunk ... <|endoftext|>."""
-    tokens = [tokenizer.bos_token_id]
-    for chunk in write_story(rng).chunks:
-        tokens += tokenizer.encode(chunk.text) + [tokenizer.endofchunk_token_id]
-    return tokens[:-1] + [tokenizer.eos_token_id]
-
-
-def batches(tokenizer: Tokenizer, B: int, T: int, seed: int) -> Iterator[Tensor]:
-    """Endless (B, T) windows cut from one stream of stories; no padding, no document mask."""
-    rng = random.Random(seed)
-    stream = []
-    while True:
-        while len(stream) < B * T:
-            stream += story_tokens(tokenizer, rng)
-        yield torch.tensor(stream[: B * T]).view(B, T)
-        stream = stream[B * T:]
-
-
-def start(seed: int) -> tuple[Steerling, Tokenizer]:
-    """A tiny model with random weights, and its tokenizer."""
+def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
+    """Random weights, in a configuration that fits the corpus."""
     torch.manual_seed(seed)
-    model = Steerling(Config.tiny())
+    C = len(corpus.concepts) or 1
+    model = Steerling(dataclasses.replace(
+        Config.tiny(corpus.tokenizer.vocab_size), n_concepts=C, topk_known=min(6, C),
+        topk_known_features=min(6, C), **SIZES[size]))
     # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
     # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
-    torch.nn.init.normal_(model.transformer.tok_emb.weight, std=EMBEDDING_STD)
-    return model, make_tokenizer()
+    nn.init.normal_(model.transformer.tok_emb.weight, std=EMBEDDING_STD)
+    return model
 
 
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
@@ -78,101 +83,188 @@ def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))  # `train` sets the learning rate
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up to the peak, then half a cosine down to 0 at `steps`."""
-    if step < WARMUP:
-        return peak * (step + 1) / WARMUP
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+def learning_rate(step: int, progress: float, peak: float) -> float:
+    """Linear warm-up to the peak, times half a cosine that falls to 0 at the end."""
+    return peak * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(model: Steerling, tokenizer: Tokenizer, steps: int, peak: float, seed: int) -> None:
-    """Train for `steps` steps, printing loss and speed."""
+def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: float,
+              args: Namespace) -> tuple:
+    """Everything random in a step: the arguments of Objective, for this process's windows.
+
+    Each process draws for all windows and takes every WORLD-th. All draws follow from the seed and
+    the step, so that a run can go on from any step.
+    """
+    generator = torch.Generator()
+    generator.manual_seed(random.Random(f"noise {args.seed} {step}").getrandbits(63))
+    stream, starts = corpus.windows(step, args.batch, config.block_size)
+    batch = cut(stream, starts, config.block_size)
+    B, T = batch.tokens.shape
+    t = noise_levels(B, T, config.diff_block_size, generator)
+    noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
+    # From the start, dropout costs language (held-out loss after 250 steps: 3.74, without it 3.38):
+    # predictions through concepts that mean nothing yet. Hence it grows, through the first half.
+    dropout = 0.0 if "dropout" in args.without else DROPOUT * min(1.0, 2 * progress)
+    dropped = torch.rand(B, generator=generator) < dropout
+    concept, where = injections(batch, generator)
+    steering = corpus.concepts and progress >= STEER_FROM and "steering" not in args.without
+    mine = slice(RANK, None, WORLD)
+    return (cut(stream, starts[mine], T), noisy[mine], masked[mine], t[mine], dropped[mine],
+            progress, concept[mine], (where & masked)[mine] if steering else None)
+
+
+def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
+    """Train until `args.steps` steps or `args.minutes` minutes are over; returns the loss curve.
+
+    Every schedule follows `progress`, from 0 to 1.
+    """
     config, device = model.config, model.transformer.tok_emb.weight.device
-    data = batches(tokenizer, BATCH, config.block_size, seed)
-    noise = torch.Generator().manual_seed(seed)
+    same = ("steps", "minutes", "batch", "lr", "seed", "without")  # or a resumed run would differ
+    settings = {"config": config.to_dict(), "text": [str(file) for file in args.text or []],
+                **{name: getattr(args, name) for name in same}}
     optimizer = make_optimizer(model)
-    began, total = time.time(), 0.0
-    for step in range(steps):
-        tokens = next(data).to(device)  # (B, T)
-        t = noise_levels(*tokens.shape, config.diff_block_size, noise)
-        noisy, masked = corrupt(tokens, t, config.mask_token_id, noise)
-        # With epsilon, composed is the hidden state: the concept heads would get no gradient from
-        # this loss, so they do not run, and keep their random weights.
-        logits = model.transformer.lm_head(model.transformer(noisy))  # (B, T, V)
-        loss = token_loss(logits, tokens, masked, t)
+    step, elapsed, history = 0, 0.0, []
+    if args.resume:
+        step, elapsed, history = load_state(args.out, model, optimizer, settings)
+    if args.compile:
+        model.transformer.compile()
+    counted, _ = corpus.windows("counted", 200, config.block_size)
+    lifted = lifted_tokens(count_tokens(counted, config.vocab_size)).to(device)
+    objective = Objective(model, args.without, lifted)
+    if dist.is_initialized():
+        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+    held_out, first, sums = corpus.held_out(8, config.block_size), step, {}
+    started = saved = printed = time.monotonic()
+    before = elapsed
 
+    while (progress := max(step / args.steps, agreed(elapsed, device) / (60 * args.minutes))) < 1:
+        batch, *draws = draw_step(corpus, config, step, progress, args)
+        batch = Batch(*(x.to(device) for x in batch))
+        draws = [x.to(device) if isinstance(x, Tensor) else x for x in draws]
+        with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
+            losses = objective(batch, *draws)
         optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        sum(losses.values()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, progress, args.lr)
         optimizer.step()
 
-        total += loss.item()
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            n, seconds = step % LOG_EVERY + 1, time.time() - began
-            speed = (step + 1) * tokens.numel() / seconds
-            left = seconds / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1:>5}/{steps}  loss {total / n:.3f}  {speed:,.0f} tokens/s  "
-                  f"{left / 60:.1f} min left", flush=True)
-            total = 0.0
+        step, now = step + 1, time.monotonic()
+        elapsed = before + now - started
+        sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
+        if RANK > 0:
+            continue  # the first process prints and saves
+        speed = (step - first) * args.batch * config.block_size / (now - started)
+        when = f"{speed:,.0f} tokens/s, {elapsed / 60 * (1 / max(progress, 1e-9) - 1):.1f} min left"
+        if step % LOG_EVERY == 0:
+            means = {name: (x / LOG_EVERY).item() for name, x in sums.items()}
+            means["held out"], sums = held_out_loss(model, held_out), {}
+            if not math.isfinite(sum(means.values())):
+                raise ValueError(f"at step {step} the loss is not a number any more: try a smaller "
+                                 f"--lr than {args.lr}; what was saved before is intact")
+            history.append({"step": step, **means})
+            print_line(step, means, when, "\n")
+            if now - saved > SAVE_EVERY:
+                save_state(args.out, model, optimizer, settings, step, elapsed, history)
+                saved = now
+        elif sys.stdout.isatty() and now - printed > 1:
+            print_line(step, losses, when, "\r")
+            printed = now
+    if RANK == 0:
+        save_state(args.out, model, optimizer, settings, step, elapsed, history)
+    return history
 
 
-def share_in_grammar(model: Steerling, tokenizer: Tokenizer, stories: int, seed: int) -> float:
-    """The share of sampled sentences that belong to the world's grammar.
-
-    Each text continues the first chunk of a story that training never saw, of any length; windows
-    are aligned, one token is committed per step, everything else is `generate`'s default. The
-    last sentence of a text is cut off by its end and does not count.
-    """
-    rng, right, total = random.Random(f"held out {seed}"), 0, 0
-    for i in range(stories):
-        prompt = story_tokens(tokenizer, rng)
-        prompt = prompt[: prompt.index(tokenizer.endofchunk_token_id) + 1]
-        new = generate(model, [prompt], 128, align=True, seed=seed + i)[0, len(prompt):].tolist()
-        text = tokenizer.decode(new, specials=True)
-        for special in ("<|bos|>", "<|endofchunk|>", "<|endoftext|>"):
-            text = text.replace(special, "\n")
-        sentences = [s for line in text.split("\n") for s in split_sentences(line)][:-1]
-        right += sum(recognise(s) is not None for s in sentences)
-        total += len(sentences)
-    return right / total
+def print_line(step: int, losses: dict, when: str, end: str) -> None:
+    """Step, losses, speed and time left; with end "\\r" the next line is printed over it."""
+    line = f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    line = f"{line}; {when}"
+    if end == "\r":  # a line that wraps could not be overwritten
+        line = line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+    print(line, end=end, flush=True)
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="checkpoint folder")
-    parser.add_argument("--init", metavar="FOLDER", help="start from this checkpoint's weights")
-    parser.add_argument("--steps", type=int, default=7000, help="training steps")
-    parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: at least 1")
-    if not 0 < args.lr < 1:
-        parser.error(f"--lr {args.lr}: above 0 and below 1")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed}: 0 to 2^63 - 1")
+    p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
+    p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
+    p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
+    p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; less if larger")
+    p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
+    p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
+    p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
+    p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
+                   help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                   help="of the computation; the weights stay float32")
+    p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
+                   help="train nothing; measure these models (default: the bundled one)")
+    args = p.parse_args()
+    for name, ok, supported in (
+            ("steps", args.steps is None or args.steps >= 1, "at least 1"),
+            ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
+            ("lr", 0 < args.lr < 1, "above 0 and below 1"),
+            ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
+            ("batch", args.batch >= 1 and args.batch % WORLD == 0,
+             f"a positive multiple of the {WORLD} processes")):
+        if not ok:
+            p.error(f"--{name} {getattr(args, name)}: {supported}")
+    args.steps = args.steps or (STEPS if args.minutes is None else math.inf)
+    args.minutes = args.minutes or math.inf
+    args.dtype = getattr(torch, args.dtype)
     try:
-        device = pick_device(args.device)
-        args.out.mkdir(parents=True, exist_ok=True)
-        if args.init:
-            model, tokenizer = load(args.init, args.device, torch.float32)
+        if args.evaluate is not None:
+            folders = {name: name for name in args.evaluate} or {"bundled": None}
+            print_table({name: evaluate(folder, args.device) for name, folder in folders.items()})
         else:
-            model, tokenizer = start(args.seed)
-        size = sum(p.numel() for p in model.parameters())
-        print(f"{size:,} parameters on {device}; {BATCH} x {model.config.block_size} tokens a step")
-        train(model.to(device).train(), tokenizer, args.steps, args.lr, args.seed)
-        model.save_pretrained(args.out)
-        tokenizer.save(args.out / RANK_FILE)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+            run(args)
+    except (ValueError, OSError, SafetensorError) as error:
+        p.error(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"saved to {args.out}")
-    share = share_in_grammar(model.eval(), tokenizer, stories=20, seed=args.seed)
-    print(f"{share:.1%} of sampled sentences are in the grammar")
+
+
+def run(args: Namespace) -> None:
+    """Set up, train, save."""
+    device = pick_device(args.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if args.text:
+        corpus = Texts(args.text, args.seed, SIZES[args.size].get("block_size", 256))
+    else:
+        corpus = Stories(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if (args.out / STATE).exists() and not args.resume:
+        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out "
+                         "starts a new one")
+    model = make_model(args.size, corpus, args.seed).to(device)
+    if RANK == 0:
+        size = sum(p.numel() for p in model.parameters())
+        print(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
+              f"{model.config.block_size} tokens a step; {len(corpus.concepts)} known concepts")
+        if not corpus.concepts:
+            print("no labels: the presence loss, teacher forcing and steering losses are off")
+    history = train(model, corpus, args)
+    if RANK == 0:
+        model.save_pretrained(args.out)
+        corpus.tokenizer.save(args.out / RANK_FILE)
+        write_labels(corpus.concepts, args.out / LABELS)
+        if history:
+            print(text_curve(history))
+            try:
+                save_png(history, args.out / "loss.png")
+            except ImportError:
+                print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
+        print(f"saved to {args.out}")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

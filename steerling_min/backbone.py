@@ -21,24 +21,27 @@ class Backbone(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.tok_emb.weight  # tied; used after the concept layer, not here
 
-    def forward(self, tokens: Tensor, injection: Tensor | None = None, inject_layer: int = 1,
+    def forward(self, tokens: Tensor, injections: dict[int, Tensor] | None = None,
                 cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) int64 -> hidden (B, T, D), after ln_f.
 
-        injection (B, T, D) is added to the residual stream after every block whose 1-based number
-        is at least inject_layer. With a cache, `tokens` are those from position cache.length on,
-        and so are `injection` and the result; the cache supplies what lies before.
+        injections, {layer: (B, T, D)}: each is added to the residual stream after every block whose
+        1-based number is at least its layer. With a cache, `tokens` are those from position
+        cache.length on, and so are the injections and the result; the cache supplies what lies
+        before.
 
         Raises ValueError when the sequence outgrows the context (the rotary angles beyond it were
-        never trained) or inject_layer is not a layer.
+        never trained) or what is to be injected at is not a layer.
         """
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        if not 1 <= inject_layer <= self.config.n_layers:
-            raise ValueError(f"inject_layer = {inject_layer} is not a layer; "
-                             f"layers are 1 to {self.config.n_layers}")
+        injections = injections or {}
+        for inject_layer in injections:
+            if not 1 <= inject_layer <= self.config.n_layers:
+                raise ValueError(f"inject_layer = {inject_layer} is not a layer; "
+                                 f"layers are 1 to {self.config.n_layers}")
         keys = torch.arange(end, device=tokens.device)  # (Tk,) absolute positions
         queries = keys[start:]                          # (T,)
         mask = block_causal_mask(queries, keys, self.config.diff_block_size)
@@ -46,6 +49,7 @@ class Backbone(nn.Module):
         x = self.tok_emb(tokens)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, cache, layer)
-            if injection is not None and layer + 1 >= inject_layer:
-                x = x + injection
+            for inject_layer, injection in injections.items():
+                if layer + 1 >= inject_layer:
+                    x = x + injection
         return self.ln_f(x)

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -161,6 +163,17 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     model.transformer.lm_head.weight = model.transformer.tok_emb.weight
 
 
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Where to write `file`: a path that takes its place only when all of it has been written."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and config.json; each appears whole or not at all."""
     if (folder / INDEX).exists():
@@ -168,14 +181,8 @@ def save(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
              if name != LM_HEAD}
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    partial = [file.with_name(file.name + ".partial") for file in (weights, config)]
-    try:
-        save_file(state, partial[0], metadata={"format": "pt"})
-        partial[1].write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-        shutil.copymode(partial[1], partial[0])  # safetensors' files are the owner's alone
-        os.replace(partial[0], weights)
-        os.replace(partial[1], config)
-    finally:
-        for file in partial:
-            file.unlink(missing_ok=True)
+    with (replacing(folder / "config.json") as config,
+          replacing(folder / "model.safetensors") as weights):
+        save_file(state, weights, metadata={"format": "pt"})
+        config.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        shutil.copymode(config, weights)  # safetensors' files are the owner's alone

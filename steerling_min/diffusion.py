@@ -4,7 +4,7 @@ Forward process: tokens of a text become <|mask|>; the model learns to predict t
 Reverse process: start from masks only and, step by step, commit the tokens the model is surest of.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from .attention import KVCache
 from .config import Config
+from .distributed import mean, total
 from .model import Steerling
 from .sampling import choose, commits_per_step, spread_steps, windows
+from .steering import Steerer, Steering
 
 # ---- the forward process: corruption and its loss ------------------------------------------------
 
@@ -49,15 +51,70 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     the sum divided by all B T tokens. For uniform t its expectation is an upper bound on the
     negative log-likelihood per token of a block, given what stands before it, noise included
     (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
-    Args: logits (B, T, V); tokens, the originals, masked and t (B, T). Returns a scalar; 0 where
-    nothing is masked. Raises ValueError for another weighting.
+    Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t
+    (B, T). Returns a scalar; 0 where nothing is masked. Raises ValueError for another weighting.
     """
     if weighting not in ("none", "1/t"):
         raise ValueError(f"weighting = {weighting!r} is not supported; supported: 'none', '1/t'")
-    losses = F.cross_entropy(logits[masked].float(), tokens[masked], reduction="none")  # (M,)
+    losses = F.cross_entropy(logits.float(), tokens[masked], reduction="none")  # (M,)
     if weighting == "none":
-        return losses.sum() / max(1, losses.numel())
-    return (losses / t.to(losses)[masked]).sum() / tokens.numel()
+        return mean(losses)
+    return total((losses / t.to(losses)[masked]).sum()) / total(losses.new_tensor(tokens.numel()))
+
+
+@torch.no_grad()
+def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: int = 16,
+                     generator: torch.Generator | None = None) -> Tensor:
+    """An upper bound on -log p(tokens from `start` on | tokens before it): (B,) nats per token.
+
+    Block by block, as text is written: earlier blocks are clean, and later ones cannot be seen. Of
+    the n tokens asked about in a block, m ~ U{1 .. n} are masked, chosen at random; n/m times the
+    sum of their cross-entropies bounds, on average, the block's negative log-likelihood. This is
+    the "1/t" bound with t drawn and then the masks counted (LLaDA, arXiv 2502.09992, equation 6),
+    with less variance. The m of a block's samples are spread evenly over 1 .. n.
+
+    Args: tokens (B, T) without masks; 0 <= start < T; samples, the Monte-Carlo draws per block;
+    generator on the CPU. Raises ValueError for a start outside.
+    """
+    (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
+    if not 0 <= start < T or samples < 1:
+        raise ValueError(f"start = {start} must lie in 0 to {T - 1} and samples = {samples} be at "
+                         "least 1")
+    nats = torch.zeros(B, device=device)
+    for block in range(start // S * S, T, S):
+        first, end = max(start, block), min(T, block + S)
+        n = end - first
+        u = (torch.arange(samples) + torch.rand((B, 1), generator=generator)) / samples
+        m = (u * n).long().clamp(max=n - 1) + 1  # (B, samples), 1 to n
+        order = torch.rand((B, samples, n), generator=generator).argsort(-1).argsort(-1)
+        masked = torch.zeros(B, samples, end, dtype=torch.bool)
+        masked[..., first:] = order < m[..., None]  # m random ones of the n
+        masked = masked.to(device)
+        clean = tokens[:, None, :end].expand(-1, samples, -1)  # (B, samples, end)
+        noisy = clean.masked_fill(masked, model.config.mask_token_id)
+        hidden = model.transformer(noisy.flatten(0, 1))  # composed, since nothing is edited
+        logits = model.transformer.lm_head(hidden[masked.flatten(0, 1)])  # (M, V)
+        losses = torch.zeros(masked.shape, device=device)
+        losses[masked] = F.cross_entropy(logits.float(), clean[masked], reduction="none")
+        nats += (losses.sum(-1) * n / m.to(device)).mean(1)
+    return nats / (T - start)
+
+
+def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequence[int],
+                   samples: int = 64, seed: int = 0) -> float:
+    """How likely the model finds a continuation of a prompt: a lower bound on its log-probability.
+
+    In nats, for the whole continuation; the larger, the likelier. To rank several continuations
+    of one prompt, compare them (or their values per token). Both are token ids; the prompt may be
+    empty. Raises ValueError when the continuation is, or when both outgrow the context.
+    """
+    if len(continuation) == 0:
+        raise ValueError("the continuation is empty: there is nothing to score")
+    tokens = torch.tensor([[*prompt, *continuation]],
+                          device=model.transformer.tok_emb.weight.device)
+    generator = torch.Generator().manual_seed(seed)
+    bound = likelihood_bound(model, tokens, len(prompt), samples, generator)
+    return -bound.item() * len(continuation)
 
 
 # ---- the reverse process: unmasking ----------------------------------------------------------
@@ -74,18 +131,25 @@ class Step:
     unwritten: Tensor                # (B,), masks left; at the end only where a sequence stopped
 
 
-def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Logits (M, V) at the M masked positions (B, T), the plain way: everything, every time."""
-    return model(tokens).logits[masked]
+def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor,
+                 injections: dict[int, Tensor], compose: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits (M, V) at the M masked positions (B, T), the plain way: everything, every time.
+
+    injections (B, T, D) by layer and compose, (M, D) hidden -> (M, D) composed: the steering.
+    """
+    hidden = model.transformer(tokens, injections)  # (B, T, D)
+    return model.transformer.lm_head(compose(hidden[masked]))
 
 
-def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, cache: KVCache) -> Tensor:
+def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, injections: dict[int, Tensor],
+                  compose: Callable[[Tensor], Tensor], cache: KVCache) -> Tensor:
     """The same logits with the least work: the fast way.
 
     Three things make it exact, to rounding. Attention is causal across blocks, so keys and values
     of the blocks before the first mask are final, and come from the cache. For the same reason
     the blocks after the last masked position asked for cannot influence it. And with epsilon the
-    composed state is the hidden state, so the concept heads need not run.
+    composed state is the hidden state, so that the concept heads need not run unless something
+    edits them. (Injections go to masked positions only: final blocks have none.)
 
     With S = 4, a prompt of 6, and the window [6, 10) filled in the order 8, 6, 9, 7:
 
@@ -102,30 +166,40 @@ def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, cache: KVCac
     asked = masked.any(0).nonzero()[:, 0].tolist()  # positions, in any row
     end = min(tokens.shape[1], (asked[-1] // S + 1) * S)
     fresh = slice(cache.length, end)
-    hidden = model.transformer(tokens[:, fresh], cache=cache)  # (B, end - length, D)
+    injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
+    hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, end - length, D)
     cache.length = asked[0] // S * S  # this very pass has written the final keys before it
-    return model.transformer.lm_head(hidden[masked[:, fresh]])
+    return model.transformer.lm_head(compose(hidden[masked[:, fresh]]))
 
 
 def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_scale: float,
-                  cache: KVCache | None) -> Tensor:
-    """Logits (M, V), float32, at the masked positions (B, T), with guidance if cfg_scale > 0.
+                  steerer: Steerer, cache: KVCache | None) -> Tensor:
+    """Logits (M, V), float32, at the masked positions (B, T), guided and steered.
 
-    Classifier-free guidance (arXiv 2207.12598): the batch runs twice, the second time with the
-    prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
+    Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
+    time with the prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
+    Steering: every masked position is injected, the prompt of the second run included; where that
+    changes, the keys in the cache are void. Suppression comes last.
     """
+    mask_id = model.config.mask_token_id
+    committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)
     if cfg_scale > 0:
         blind = tokens.clone()
-        blind[:, :L] = model.config.mask_token_id
+        blind[:, :L] = mask_id
         tokens, masked = torch.cat([tokens, blind]), torch.cat([masked, masked])  # (2B, T)
+        committed = torch.cat([committed, committed])
+    injections = steerer.vectors(tokens == mask_id, committed)
     if cache is None:
-        logits = plain_logits(model, tokens, masked).float()
+        logits = plain_logits(model, tokens, masked, injections, steerer.compose)
     else:
-        logits = cached_logits(model, tokens, masked, cache).float()
+        if cfg_scale > 0 and injections:
+            cache.length = 0
+        logits = cached_logits(model, tokens, masked, injections, steerer.compose, cache)
+    logits = logits.float()
     if cfg_scale > 0:
         c, u = logits.chunk(2)
         logits = u + (cfg_scale + 1) * (c - u)
-    return logits
+    return logits - steerer.suppression
 
 
 @torch.no_grad()
@@ -135,7 +209,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
            repetition_penalty: float = 1.1, cfg_scale: float = 0.0,
            confidence_threshold: float | None = None, order: str = "window", align: bool = False,
            allow_eos: bool = False, stop_tokens: Sequence[int] = (), seed: int | None = None,
-           use_cache: bool = True) -> Iterator[Step]:
+           steering: Steering | None = None, use_cache: bool = True) -> Iterator[Step]:
     """Write max_new_tokens after each prompt; yields a Step per denoising step.
 
     The sequence is the prompt and then masks, filled window by window. In each step the masked
@@ -160,6 +234,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         its right with <|endoftext|> and ends the sequence; masks to its left stay.
     stop_tokens: a sequence ends after a window that brought its new text one of these ids.
     seed: None draws differently every time.
+    steering: push the text toward concepts, or away from them (`steering.py`).
     use_cache: exact block caching; False recomputes everything, for the same tokens (in float32;
         in bfloat16 the two round differently).
 
@@ -170,6 +245,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
     (B, T), device, config = tokens.shape, tokens.device, model.config
     mask_id, eos_id = config.mask_token_id, config.eos_token_id
+    steerer = Steerer(steering or Steering(), model)
     roles = special_roles(config, order, allow_eos, stop_tokens, device)
     draws = [torch.Generator(device) for _ in range(B)]
     for b, generator in enumerate(draws):
@@ -193,7 +269,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
             m = masked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
-            logits = masked_logits(model, tokens, masked, L, cfg_scale, cache)  # (M, V)
+            logits = masked_logits(model, tokens, masked, L, cfg_scale, steerer, cache)  # (M, V)
             commits = []
             for b, row_logits in enumerate(logits.split(m)):  # (m, V)
                 chosen, ids, confidence = choose(

@@ -45,9 +45,11 @@ class Steerling(nn.Module):
         """tokens (B, T) int64 -> Output, the logits of every position and how they came about.
 
         known, unknown, epsilon, positions: an intervention on concept weights (`iguide.decompose`).
-        injection, inject_layer: a vector added to the residual stream (`Backbone.forward`).
+        injection (B, T, D): added to the residual stream after every block from inject_layer on,
+        counted from 1.
         """
-        hidden = self.transformer(tokens, injection, inject_layer)  # (B, T, D)
+        injections = {} if injection is None else {inject_layer: injection}
+        hidden = self.transformer(tokens, injections)  # (B, T, D)
         parts = decompose(hidden, self.known_head, self.unknown_head,
                           known, unknown, epsilon, positions)
         return Output(**vars(parts), hidden=hidden,

@@ -1,14 +1,16 @@
 """Text to token ids and back: byte-pair encoding by tiktoken, and the model's special tokens.
 
 The 8B uses tiktoken's `cl100k_base`; the tiny model uses the same class on a rank file of its own.
-A rank file lists byte strings and their rank; encoding merges the pair of lowest rank first.
+A rank file lists byte strings and their rank, which is their id. A word that is in the list is one
+token; any other is cut into bytes, of which the pair of lowest rank is merged first.
 """
 
 import base64
+import re
+from collections import Counter
 from pathlib import Path
 
 import tiktoken
-import tiktoken._educational
 
 RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
 SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order
@@ -88,10 +90,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
-        """Learn the merges of a vocabulary of vocab_size, special tokens included, from a text."""
-        n_ranks = vocab_size - len(SPECIALS) - 1  # <|endoftext|> is the one more
-        return cls.from_ranks(
-            tiktoken._educational.bpe_train(text, n_ranks, TINY_PATTERN, visualise=None))
+        """A vocabulary of at most vocab_size: special tokens, the 256 bytes, and the text's words.
+
+        The most frequent words, with the space before them, become one token each; every other
+        text is still encoded, byte by byte.
+        """
+        counts = Counter(word.encode() for word in re.findall(TINY_PATTERN, text))
+        words = [word for word, _ in counts.most_common() if len(word) > 1]
+        room = vocab_size - 256 - len(SPECIALS) - 1  # <|endoftext|> is the one more
+        tokens = [bytes([byte]) for byte in range(256)] + words[:room]
+        return cls.from_ranks({token: rank for rank, token in enumerate(tokens)})
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. What looks like a special token in it is ordinary text."""

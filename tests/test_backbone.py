@@ -60,7 +60,7 @@ def test_injection_starts_after_the_named_layer():
         out = []
         hooks = [module.register_forward_pre_hook(lambda m, args, out=out: out.append(args[0]))
                  for module in [*backbone.blocks, backbone.ln_f]]
-        backbone(tokens, *(() if layer is None else (vector, layer)))
+        backbone(tokens, {} if layer is None else {layer: vector})
         streams[layer] = out  # what blocks 1, 2, 3 and ln_f read
         for hook in hooks:
             hook.remove()
@@ -80,8 +80,8 @@ def a_backbone_of_three_layers():
 @pytest.mark.parametrize("layer", [0, -1, 4])
 def test_a_layer_that_does_not_exist_is_refused(layer):
     with pytest.raises(ValueError, match=f"inject_layer = {layer} .*1 to 3"):
-        a_backbone_of_three_layers()(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 32),
-                                     layer)
+        a_backbone_of_three_layers()(torch.zeros(1, 2, dtype=torch.int64),
+                                     {layer: torch.zeros(1, 2, 32)})
 
 
 def test_a_sequence_beyond_the_context_is_refused():

@@ -1,19 +1,32 @@
 """The diffusion: corruption, its loss, and the sampler that runs it backwards."""
 
 import dataclasses
+import itertools
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import CONFIG, GOLDEN, close
 
-from steerling_min import Config, Steerling, diffusion, generate, unmask
-from steerling_min.diffusion import corrupt, noise_levels, token_loss
+from steerling_min import Config, Steerling, diffusion, generate, load, unmask
+from steerling_min.diffusion import (corrupt, likelihood_bound, log_likelihood, noise_levels,
+                                     token_loss)
+from steerling_min.steering import Injection, Steering
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def small():
+    """A small random model, sure enough of itself for its choices to differ."""
+    torch.manual_seed(0)
+    model = Steerling(CONFIG).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.transformer.tok_emb.weight, std=0.5)
+    return model
 
 
 # ---- corruption ----------------------------------------------------------------------------------
@@ -65,19 +78,19 @@ def a_case():
 def test_the_loss_is_the_mean_surprise_at_masked_positions():
     logits, tokens, masked, t, nll = a_case()
     expected = (nll[0, 0] + nll[0, 2] + nll[1, 3]) / 3
-    torch.testing.assert_close(token_loss(logits, tokens, masked, t), expected)
+    torch.testing.assert_close(token_loss(logits[masked], tokens, masked, t), expected)
 
 
 def test_unmasked_positions_send_no_gradient():
     logits, tokens, masked, t, _ = a_case()
-    token_loss(logits.requires_grad_(), tokens, masked, t).backward()
+    token_loss(logits.requires_grad_()[masked], tokens, masked, t).backward()
     assert (logits.grad[~masked] == 0).all() and (logits.grad[masked] != 0).any()
 
 
 def test_one_over_t_weighs_lightly_masked_blocks_up():
     logits, tokens, masked, t, nll = a_case()
     expected = (nll[0, 0] / 0.5 + nll[0, 2] / 0.25 + nll[1, 3] / 0.8) / 8
-    torch.testing.assert_close(token_loss(logits, tokens, masked, t, "1/t"), expected)
+    torch.testing.assert_close(token_loss(logits[masked], tokens, masked, t, "1/t"), expected)
 
 
 def test_one_over_t_is_an_unbiased_mean_over_all_tokens():
@@ -85,14 +98,14 @@ def test_one_over_t_is_an_unbiased_mean_over_all_tokens():
     tokens = torch.zeros(400, 64, dtype=torch.int64)
     t = noise_levels(400, 64, 8, rng()).clamp(min=0.05)
     _, masked = corrupt(tokens, t, 9, rng(1))
-    loss = token_loss(torch.zeros(400, 64, 10), tokens, masked, t, "1/t")
+    loss = token_loss(torch.zeros(400, 64, 10)[masked], tokens, masked, t, "1/t")
     assert loss.item() == pytest.approx(math.log(10), rel=0.03)
 
 
 def test_nothing_masked_costs_nothing():
     logits, tokens, masked, t, _ = a_case()
     for weighting in ("none", "1/t"):
-        assert token_loss(logits, tokens, masked & False, t, weighting) == 0.0
+        assert token_loss(logits[masked & False], tokens, masked & False, t, weighting) == 0.0
 
 
 def test_another_weighting_is_refused():
@@ -100,10 +113,80 @@ def test_another_weighting_is_refused():
         token_loss(*a_case()[:4], "t")
 
 
+# ---- the likelihood bound ------------------------------------------------------------------------
+
+def any_order_surprise(model, tokens, start):
+    """What the bound bounds, exactly: in each block, every order of its tokens, equally likely."""
+    (B, T), S, mask = tokens.shape, model.config.diff_block_size, model.config.mask_token_id
+    nats = torch.zeros(B, dtype=torch.float64)
+    for block in range(0, T, S):
+        asked = [i for i in range(block, min(T, block + S)) if i >= start]
+        for size in range(1, len(asked) + 1):
+            subsets = list(itertools.combinations(asked, size))
+            for subset in subsets:
+                noisy = tokens[:, : min(T, block + S)].clone()
+                noisy[:, list(subset)] = mask
+                log_p = model(noisy).logits.double().log_softmax(-1)
+                for i in subset:  # each token of the subset comes next in one order of size
+                    nats -= log_p[:, i].gather(-1, tokens[:, i, None])[:, 0] / (
+                        len(subsets) * size)
+    return nats / (T - start)
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_the_bound_averages_over_every_order_of_a_blocks_tokens(small, start):
+    tokens = torch.randint(0, 15, (2, 10), generator=rng(3))
+    estimate = likelihood_bound(small, tokens, start, 4000, rng())
+    exact = any_order_surprise(small, tokens, start)
+    close(estimate.double(), exact, "m ~ U{1..n} masks, n/m times their cross-entropies, earlier "
+          "blocks clean", atol=0.08)
+
+
+def test_the_bound_of_one_token_is_its_surprise(small):
+    tokens = torch.randint(0, 15, (1, 9), generator=rng(3))
+    noisy = torch.cat([tokens[:, :8], torch.tensor([[19]])], dim=1)
+    expected = -small(noisy).logits[0, 8].log_softmax(-1)[tokens[0, 8]]
+    close(likelihood_bound(small, tokens, 8, 1)[0], expected, "n = m = 1, nothing is random")
+
+
+def test_later_blocks_do_not_enter_the_bound_of_earlier_ones(small):
+    tokens = torch.randint(0, 15, (1, 12), generator=rng(3))
+    first = likelihood_bound(small, tokens[:, :4], 0, 64, rng()) * 4
+    both = likelihood_bound(small, tokens[:, :8], 0, 64, rng()) * 8
+    second = likelihood_bound(small, tokens[:, :8], 4, 64, rng()) * 4
+    assert both.item() == pytest.approx((first + second).item(), abs=0.6)
+    assert torch.equal(first, likelihood_bound(small, tokens[:, :4], 0, 64, rng()) * 4)
+
+
+def test_the_log_likelihood_of_a_continuation_is_minus_its_bound(small):
+    prompt, continuation = [3, 1, 4, 1, 5], [9, 2, 6]
+    bound = likelihood_bound(small, torch.tensor([prompt + continuation]), 5, 64, rng(2))
+    found = log_likelihood(small, prompt, continuation, seed=2)
+    assert found == pytest.approx(-3 * bound.item(), rel=1e-6) and found < 0
+    assert found == log_likelihood(small, prompt, continuation, seed=2), "repeatable"
+    assert math.isfinite(log_likelihood(small, [], continuation))
+
+
+def test_what_the_bundled_model_learnt_is_likelier_than_what_it_never_saw():
+    model, tokenizer = load()
+    prompt = [tokenizer.bos_token_id, *tokenizer.encode("The old sailor Mara lived near the")]
+    good, bad = (log_likelihood(model, prompt, tokenizer.encode(text))
+                 for text in (" harbour with a dog", " dog harbour a with"))
+    assert good > bad + 5
+
+
+def test_nothing_to_score_is_refused(small):
+    with pytest.raises(ValueError, match="continuation is empty"):
+        log_likelihood(small, [1, 2], [])
+    with pytest.raises(ValueError, match="start = 3"):
+        likelihood_bound(small, torch.tensor([[1, 2, 3]]), 3)
+    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
+        log_likelihood(small, [1] * 60, [2] * 5)
+
+
 # ---- the sampler: parity -------------------------------------------------------------------------
 
-RECORDED = {name: run for name, run in json.loads((GOLDEN / "generation.json").read_text()).items()
-            if "steering" not in run}
+RECORDED = json.loads((GOLDEN / "generation.json").read_text())
 
 
 def recorded_options(run):
@@ -111,6 +194,14 @@ def recorded_options(run):
     options = dict(run["config"])
     options["entropy_sampling"] = options.pop("use_entropy_sampling")
     options["stop_tokens"] = options.pop("stop_tokens") or ()
+    if "steering" in run:
+        steering = run["steering"]
+        cutoff = steering["cutoff_tokens"]
+        options["steering"] = Steering(
+            (Injection(tuple(steering["concept_ids"]), steering["mai_lm_target"],
+                       steering["inject_layer"], steering["normalize_mai_lm_target"],
+                       cutoff if steering["inject_alpha_schedule"] == "hard_cutoff" else None),),
+            tuple((int(c), x) for c, x in (steering["relu_logit_mask"] or {}).items()))
     return options
 
 
@@ -143,6 +234,12 @@ MODES = {
     "aligned, threshold": {"align": True, "confidence_threshold": 0.3},
     "may end": {"allow_eos": True},
     "stop": {"stop_tokens": [151, 172, 69]},
+    "amplified": {"steering": Steering.amplify((3, 5), 6.0, cutoff_tokens=9)},
+    "unlearned": {"steering": Steering.unlearn(3, (4,)), "steps": 9},
+    "amplified, guided": {"steering": Steering.amplify(3, cutoff_tokens=9) + Steering.amplify(7, 4),
+                          "cfg_scale": 1.5},
+    "edited": {"steering": Steering(known=((3, 2.0), (7, 0.0)), unknown=((5, 3.0),))},
+    "edited, epsilon kept": {"steering": Steering(known=((3, 2.0),), epsilon="keep")},
 }
 
 
@@ -168,11 +265,11 @@ def test_the_cached_way_gives_the_plain_logits_and_computes_two_blocks(model, L,
     computed, errors = [], []
     inner = diffusion.cached_logits
 
-    def both(model, tokens, masked, cache):
-        plain = diffusion.plain_logits(model, tokens, masked)
+    def both(model, tokens, masked, injections, compose, cache):
+        plain = diffusion.plain_logits(model, tokens, masked, injections, compose)
         hook = model.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True)
-        fast = inner(model, tokens, masked, cache)
+        fast = inner(model, tokens, masked, injections, compose, cache)
         hook.remove()
         errors.append((fast - plain).abs().max().item())
         return fast
@@ -254,23 +351,16 @@ def test_the_same_seed_writes_the_same_text_and_another_does_not(model):
 
 # ---- the sampler: how texts end ------------------------------------------------------------------
 
-class Scripted(torch.nn.Module):
-    """A model whose logits are given: position i wants token `wishes[i]`, this surely."""
-
-    def __init__(self, model, wishes):
-        super().__init__()
-        self.config, self.transformer, self.wishes = model.config, model.transformer, wishes
-
-    def forward(self, tokens):
-        logits = torch.zeros(*tokens.shape, self.config.vocab_size)
-        for position, (token, sureness) in self.wishes.items():
-            logits[:, position, token] = sureness
-        return dataclasses.make_dataclass("Output", ["logits"])(logits)
-
-
 def scripted_run(model, wishes, new, **options):
-    return list(unmask(Scripted(model, wishes), [[1, 2]], new, use_cache=False, temperature=0.0,
-                       entropy_sampling=False, **options))
+    """A run in which position i wants token `wishes[i][0]`, `wishes[i][1]` surely."""
+    def logits(model, tokens, masked, injections, compose):
+        logits = torch.zeros(*tokens.shape, model.config.vocab_size)
+        for position, (token, sureness) in wishes.items():
+            logits[:, position, token] = sureness
+        return logits[masked]
+    with mock.patch.object(diffusion, "plain_logits", logits):
+        return list(unmask(model, [[1, 2]], new, use_cache=False, temperature=0.0,
+                           entropy_sampling=False, **options))
 
 
 def test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it(model, monkeypatch):

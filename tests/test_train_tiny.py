@@ -1,89 +1,292 @@
-"""The trainer: its data, its schedule, and that it learns, repeatably."""
+"""The trainer: its schedules, that it learns, repeatably, through interruptions and in parallel."""
 
-import dataclasses
-import random
+import json
+import math
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 import train_tiny
-from steerling_min import Config, Steerling, Tokenizer
-from steerling_min.checkpoint import TINY
-from steerling_min.tokenizer import RANK_FILE
-from steerling_min.world import recognise, split_sentences
+from steerling_min import Steerling, load
+from steerling_min.data import LABELS, Stories
+from steerling_min.resume import STATE
 
-TOKENIZER = Tokenizer.from_file(TINY / RANK_FILE)
-SMALL = dataclasses.replace(Config.tiny(), n_layers=1, n_embd=32, block_size=64)
-
-
-def test_a_document_is_its_chunks_between_the_special_tokens():
-    tokens = train_tiny.story_tokens(TOKENIZER, random.Random(0))
-    text = TOKENIZER.decode(tokens, specials=True)
-    assert text.startswith("<|bos|>The ") and text.endswith(".<|endoftext|>")
-    chunks = text.removeprefix("<|bos|>").removesuffix("<|endoftext|>").split("<|endofchunk|>")
-    assert 4 <= len(chunks) <= 7
-    for sentence in (s for chunk in chunks for s in split_sentences(chunk)):
-        assert recognise(sentence) is not None, "the trainer must not damage what it packs"
+ROOT = Path(__file__).parent.parent
+SMALL = {"n_layers": 1, "n_embd": 32, "n_head": 2, "n_kv_heads": 1, "block_size": 64}
+STORIES = Stories(0)
+SHARED = ["--device", "cpu", "--batch", "4"]
 
 
-def test_windows_are_cut_from_one_stream_without_padding():
-    data = train_tiny.batches(TOKENIZER, 2, 50, seed=1)
-    stream = torch.cat([next(data).flatten() for _ in range(8)]).tolist()
-    rng, expected = random.Random(1), []
-    while len(expected) < len(stream):
-        expected += train_tiny.story_tokens(TOKENIZER, rng)
-    assert stream == expected[: len(stream)], "every token of every story once, in order"
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run train_tiny.py's main, small and logging often; returns its printed lines."""
+    def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5):
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), *SHARED,
+                                          *map(str, arguments)])
+        monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
+        monkeypatch.setattr(train_tiny, "WARMUP", 5)
+        monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)
+        monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
+        try:
+            train_tiny.main()
+            ended = 0
+        except SystemExit as error:
+            ended = error.code
+        printed = capsys.readouterr()
+        assert ended == status, printed.err
+        return printed.err.strip() if status else printed.out
+    return run
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- schedules -----------------------------------------------------------------------------------
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
-    rates = [train_tiny.learning_rate(step, 1000, 0.01) for step in range(1001)]
+    rates = [train_tiny.learning_rate(step, step / 10000, 0.01) for step in range(10001)]
+    assert rates[0] == pytest.approx(0.01 / train_tiny.WARMUP) and rates[-1] < 1e-9
     top = rates.index(max(rates))
-    assert abs(top - train_tiny.WARMUP) <= 1 and max(rates) == pytest.approx(0.01)
-    assert rates[0] == pytest.approx(0.01 / train_tiny.WARMUP)
-    assert all(a >= b for a, b in zip(rates[top:], rates[top + 1:])) and rates[-1] < 1e-9
+    assert top == train_tiny.WARMUP - 1 and max(rates) == pytest.approx(0.01, rel=1e-3)
+    assert all(a >= b for a, b in zip(rates[top:], rates[top + 1:]))
+    assert rates[5000] == pytest.approx(0.005), "half a cosine is half-way down in the middle"
 
 
 def test_norms_are_not_decayed():
-    groups = train_tiny.make_optimizer(Steerling(SMALL)).param_groups
+    model = train_tiny.make_model("tiny", STORIES, 0)
+    groups = train_tiny.make_optimizer(model).param_groups
     decay = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {2: 0.1, 1: 0.0}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def train(seed, steps, monkeypatch):
-    monkeypatch.setattr(train_tiny, "BATCH", 4)
-    monkeypatch.setattr(train_tiny, "WARMUP", 5)
-    monkeypatch.setattr(train_tiny, "LOG_EVERY", 10)
-    torch.manual_seed(seed)
-    model = Steerling(SMALL)
-    train_tiny.train(model, TOKENIZER, steps, 6e-3, seed)
-    return model
+def draws(progress, without=(), step=1):
+    args = train_tiny.Namespace(seed=0, batch=64, without=without)
+    config = train_tiny.Config.tiny()
+    return train_tiny.draw_step(STORIES, config, step, progress, args)
 
 
-def test_training_learns(monkeypatch, capsys):
-    train(0, 60, monkeypatch)
-    losses = [float(line.split("loss ")[1].split()[0])
-              for line in capsys.readouterr().out.splitlines()]
-    assert len(losses) == 6 and losses[0] > 5.8, "it starts near ln 512 = 6.2"
-    assert losses[-1] < 5.3, "60 steps teach at least how often each token occurs"
+def test_residual_dropout_grows_through_the_first_half():
+    def rate(progress, without=()):
+        drawn = [draws(progress, without, step)[4] for step in range(6)]
+        return torch.cat(drawn).float().mean().item()
+    assert rate(0.0) == 0 and 0.04 < rate(0.25) < 0.22
+    assert 0.17 < rate(0.5) < 0.33 and 0.17 < rate(1.0) < 0.33
+    assert rate(1.0, ["dropout"]) == 0
 
 
-def test_the_same_seed_gives_the_same_weights(monkeypatch):
-    a, b, c = (train(seed, 3, monkeypatch).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert any(not torch.equal(a[name], c[name]) for name in a)
+def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
+    *_, nowhere = draws(train_tiny.STEER_FROM - 0.01)
+    assert nowhere is None
+    _, _, masked, *_, injected = draws(train_tiny.STEER_FROM)
+    assert injected.any() and not (injected & ~masked).any()
+    assert draws(1.0, ["steering"])[-1] is None
 
 
-@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--device", "abacus"], ["--steps", "x"]])
-def test_wrong_arguments_end_with_one_line_and_status_2(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        train_tiny.main()
-    assert ended.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1, "one clear line"
+# ---- runs ----------------------------------------------------------------------------------------
 
 
-def test_the_bundled_model_writes_sentences_of_the_grammar():
-    model = Steerling.from_pretrained(TINY)
-    share = train_tiny.share_in_grammar(model, TOKENIZER, stories=4, seed=0)
-    assert share >= 0.8, f"{share:.0%} of the sentences of 4 texts are in the grammar"
+def test_training_learns(run, tmp_path):
+    out = run("--steps", 60, "--lr", 0.01)
+    rows = [line for line in out.splitlines() if line.startswith("step ")]
+    assert len(rows) == 12 and "tokens/s" in rows[0] and "min left" in rows[0]
+    first, last = (float(row.split("held out ")[1].split(";")[0]) for row in (rows[0], rows[-1]))
+    assert first > 5.8, "it starts near ln 754 = 6.6"
+    assert last < 5.6, "60 steps teach at least how often each token occurs"
+    assert "presence" in rows[0] and "respond" not in rows[0] and "respond" in rows[-1]
+
+
+def test_a_run_leaves_a_model_that_loads_and_its_curve(run, tmp_path):
+    out = run("--steps", 10)
+    model, tokenizer = load(tmp_path / "out")
+    assert model.config.n_embd == 32 and tokenizer.vocab_size == model.config.vocab_size
+    assert (tmp_path / "out" / LABELS).read_text().startswith("concept_id,concept_name")
+    assert "nats per masked token" in out and out.count("o") > 10, "a curve of letters"
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_the_same_seed_gives_the_same_weights(run, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("--steps", 4, "--seed", seed, out=tmp_path / name)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+def test_minutes_end_a_run_too(run, tmp_path):
+    began = time.monotonic()
+    run("--minutes", 0.03)
+    assert time.monotonic() - began < 60 and weights(tmp_path / "out")
+
+
+def test_nothing_is_left_out_by_default_and_parts_can_be(run, tmp_path):
+    out = run("--steps", 5, "--without", "presence", "independence")
+    assert "presence" not in out and "independence" not in out and "reconstruction" in out
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+def start_process(out, steps):
+    """A run in a process of its own, which can be killed."""
+    code = (f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 5; "
+            "t.SAVE_EVERY = 0; t.WARMUP = 5; t.torch.set_num_threads(1); t.main()")
+    return subprocess.Popen([sys.executable, "-c", code, "--out", str(out), "--steps", str(steps),
+                             *SHARED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_weights(run, tmp_path):
+    run("--steps", 60, out=tmp_path / "whole")
+    process = start_process(tmp_path / "killed", 60)
+    for line in process.stdout:  # killed somewhere after step 20, perhaps while it saves
+        if line.startswith("step 20:"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it had not ended"
+    run("--steps", 60, "--resume", out=tmp_path / "killed")
+    assert same_weights(tmp_path / "whole", tmp_path / "killed"), (
+        "what a step draws must follow from the seed and the step alone")
+    steps = [row["step"] for row in history_of(tmp_path / "killed")]
+    assert steps == list(range(5, 61, 5)), "the curve is whole"
+
+
+def history_of(folder):
+    with safe_open(folder / STATE, framework="pt") as f:
+        return json.loads(f.metadata()["run"])["history"]
+
+
+def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
+    run("--steps", 5)
+    assert "--resume goes on with it" in run("--steps", 5, status=2)
+
+
+@pytest.mark.parametrize("other, message", [
+    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.006, not 0.001"),
+    (["--without", "dropout"], "without = [], not ['dropout']"),
+    (["--size", "small"], "config = ")])
+def test_resuming_another_run_is_refused(run, other, message):
+    run("--steps", 5)
+    assert message in run("--steps", 5, "--resume", *other, status=2)
+
+
+def test_nothing_to_resume_is_said(run, tmp_path):
+    assert f"has no {STATE}" in run("--resume", status=2)
+    (tmp_path / "out" / STATE).write_bytes(b"half a fil")
+    message = run("--resume", status=2)
+    assert STATE in message and len(message.splitlines()) == 1
+
+
+def test_a_full_disk_leaves_the_last_good_state(run, tmp_path, monkeypatch):
+    run("--steps", 10)
+    before = (tmp_path / "out" / STATE).read_bytes()
+
+    def fails(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("steerling_min.resume.save_file", fails)
+    message = run("--steps", 10, "--resume", status=2)
+    assert "No space left on device" in message and len(message.splitlines()) == 1
+    assert (tmp_path / "out" / STATE).read_bytes() == before
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_run_that_diverges_is_ended_with_a_hint(run, monkeypatch):
+    monkeypatch.setattr(train_tiny, "held_out_loss", lambda *args: math.nan)
+    assert "try a smaller --lr" in run("--steps", 5, status=2)
+
+
+# ---- other people's texts ------------------------------------------------------------------------
+
+
+def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
+    text = "\n\n".join(f"This is paragraph {i} of many." for i in range(400))
+    (tmp_path / "a.txt").write_text(text)
+    out = run("--steps", 5, "--text", tmp_path / "a.txt")
+    assert "no labels" in out and "presence" not in out.split("step 5")[1]
+    model, tokenizer = load(tmp_path / "out")
+    assert len(tokenizer.encode("This is paragraph")) == 3, "the words are the text's own"
+
+
+def test_labelled_lines_train_their_concepts(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"text": f"line {i} and some more of it", "concepts": ["even"] * (i % 2 == 0)})
+        + "\n" for i in range(400)))
+    out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
+    assert "1 known concepts" in out and "presence" in out
+    assert "0,even,,known," in (tmp_path / "out" / LABELS).read_text()
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "has no text"), (b"\xff\xfe", "not UTF-8"), (b"too short", "too few"),
+    (None, "No such file")])
+def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    error = run("--text", tmp_path / "a.txt", status=2)
+    assert message in error and "a.txt" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--steps", 0], "--steps 0: at least 1"), (["--minutes", -1], "--minutes -1"),
+    (["--minutes", "nan"], "--minutes nan"), (["--lr", 0], "--lr 0"), (["--batch", 0], "--batch 0"),
+    (["--seed", -1], "--seed -1"), (["--size", "huge"], "invalid choice: 'huge'"),
+    (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
+    (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
+    (["--evaluate", "/nowhere"], "no checkpoint folder at /nowhere")])
+def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message):
+    error = run(*arguments, status=2)
+    assert message in error and len(error.splitlines()) == 1
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_take_the_steps_of_one(run, tmp_path, monkeypatch):
+    """torchrun with gloo: the same global batch, the same losses, nearly the same weights."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 1; "
+                      "t.WARMUP = 5; t.STEER_FROM = 0.5; t.DROPOUT = 0.9; t.main()")
+    arguments = ["--out", str(tmp_path / "two"), "--steps", "10", *SHARED]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2", str(script), *arguments],
+                   cwd=ROOT, check=True, capture_output=True, timeout=300,
+                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
+    monkeypatch.setattr(train_tiny, "DROPOUT", 0.9)
+    run("--steps", 10, out=tmp_path / "one", LOG_EVERY=1)
+    histories = history_of(tmp_path / "one"), history_of(tmp_path / "two")
+    assert len(histories[0]) == len(histories[1]) == 10
+    for one, two in zip(*histories):
+        assert one.keys() == two.keys() and "independence" in one
+        for name in one:
+            assert two[name] == pytest.approx(one[name], abs=1e-5), (
+                f"step {one['step']}: the {name} loss of two processes is not that of one")
+
+
+def test_a_batch_is_shared_out_evenly_or_refused(run, monkeypatch):
+    monkeypatch.setattr(train_tiny, "WORLD", 3)
+    assert "--batch 4: a positive multiple of the 3 processes" in run(status=2)
+
+
+# ---- the bundled model ---------------------------------------------------------------------------
+
+
+def test_the_bundled_model_fits_its_tiny_configuration():
+    model, tokenizer = load()
+    assert model.config == train_tiny.Config.tiny() and isinstance(model, Steerling)
+    assert tokenizer.encoding._mergeable_ranks == Stories(0).tokenizer.encoding._mergeable_ranks

@@ -1,0 +1,193 @@
+"""Training data: labelled documents, packed into one stream of tokens and cut into windows.
+
+A document is a list of chunks; a chunk is a text and the ids of the known concepts that it has.
+Documents become `<|bos|> chunk <|endofchunk|> chunk ... <|endoftext|>`, one after the other, and
+windows of the context length are cut from that stream, without padding and without a mask between
+documents. Labels belong to whole chunks; no token has one of its own.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import world
+from .checkpoint import replacing
+from .tokenizer import Tokenizer
+from .world import Chunk, Concept
+
+LABELS = "concept_labels.csv"  # beside a checkpoint
+VOCAB_SIZE = 1024  # at most; the stories' words make 827
+
+
+class Stream(NamedTuple):
+    tokens: Tensor  # (n,) int64
+    chunks: Tensor  # (n,) int64, the chunk that a token stands in; -1 for special tokens
+    labels: Tensor  # (N, C) bool, the concepts of each chunk
+
+
+class Batch(NamedTuple):
+    """B windows of a stream. A chunk that is cut by a window's edge is a chunk in both windows."""
+
+    tokens: Tensor  # (B, T) int64
+    chunks: Tensor  # (B, T) int64, 0 to N - 1; -1 for special tokens
+    labels: Tensor  # (N, C) bool
+
+
+def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, C: int,
+         enough: float = float("inf")) -> Stream:
+    """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
+    tokens, chunks, labels = [], [], []
+    for document in documents:
+        tokens.append(tokenizer.bos_token_id)
+        chunks.append(-1)
+        for chunk in document:
+            ids = tokenizer.encode(chunk.text)
+            tokens += ids + [tokenizer.endofchunk_token_id]
+            chunks += [len(labels)] * len(ids) + [-1]
+            labels.append([c in chunk.concepts for c in range(C)])
+        tokens[-1] = tokenizer.eos_token_id  # in place of the last <|endofchunk|>
+        if len(tokens) >= enough:
+            break
+    return Stream(torch.tensor(tokens), torch.tensor(chunks),
+                  torch.tensor(labels, dtype=torch.bool).view(len(labels), C))
+
+
+def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
+    """The windows of T tokens that begin at starts (B,) of a stream."""
+    at = starts[:, None] + torch.arange(T)  # (B, T)
+    chunks, N = stream.chunks[at], len(stream.labels)
+    # Number the chunks of all windows anew, so that no two windows share one.
+    apart = torch.where(chunks >= 0, chunks + N * torch.arange(len(starts))[:, None], -1)
+    kept = apart[apart >= 0].unique()  # sorted
+    renumbered = torch.searchsorted(kept, apart).masked_fill(apart < 0, -1)
+    return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)])
+
+
+def count_tokens(stream: Stream, V: int) -> Tensor:
+    """How often each token stands in chunks with each concept and, last, in all: (C + 1, V)."""
+    inside = stream.chunks >= 0
+    labels = stream.labels[stream.chunks[inside]].double()  # (n, C)
+    labels = torch.nn.functional.pad(labels, (0, 1), value=1.0)  # (n, C + 1)
+    counts = labels.new_zeros(V, labels.shape[1])
+    return counts.index_add(0, stream.tokens[inside], labels).T
+
+
+# ---- where documents come from -------------------------------------------------------------------
+
+
+class Stories:
+    """The tiny world's stories: endless, all labelled, the truth known.
+
+    Every draw follows from the seed and the step, so a run can go on from any step.
+    """
+
+    concepts = world.CONCEPTS
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        rng = random.Random(0)  # one vocabulary, whatever the seed
+        texts = [chunk.text for _ in range(1000) for chunk in world.write_story(rng).chunks]
+        self.tokenizer = Tokenizer.train("\n".join(texts), VOCAB_SIZE)
+
+    def stream(self, step: int | str, n: int) -> Stream:
+        """At least n tokens of stories, other ones at every step."""
+        rng = random.Random(f"{self.seed} {step}")
+        stories = (world.write_story(rng).chunks for _ in iter(int, 1))  # without end
+        return pack(stories, self.tokenizer, len(self.concepts), n)
+
+    def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
+        """What a training step reads: a stream, and where its B windows of T tokens start."""
+        return self.stream(step, B * T), torch.arange(B) * T
+
+    def held_out(self, B: int, T: int) -> Batch:
+        """B windows that training never reads."""
+        return cut(self.stream("held out", B * T), torch.arange(B) * T, T)
+
+
+class Texts:
+    """Anyone's own files. The last tenth of all tokens is held out.
+
+    A .jsonl file has a chunk per line, {"text": "...", "concepts": ["name", ...]}; the concepts may
+    be left out. Any other file is plain UTF-8 text whose paragraphs are its chunks, without labels.
+    A file is one document.
+    """
+
+    def __init__(self, files: Sequence[Path], seed: int, T: int):
+        """Raises ValueError or OSError with one line that names the file (and line) and what is
+        wrong; T is the window's length, below which no text is enough."""
+        self.seed = seed
+        documents = [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
+                     for file in files]
+        names = {name for document in documents for _, concepts in document for name in concepts}
+        self.concepts = [Concept(i, name, "", "") for i, name in enumerate(sorted(names))]
+        ids = {concept.name: concept.id for concept in self.concepts}
+        documents = [[Chunk(text, tuple(ids[name] for name in concepts))
+                      for text, concepts in document] for document in documents]
+        self.tokenizer = Tokenizer.train("\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
+        tokens, chunks, labels = pack(documents, self.tokenizer, len(self.concepts))
+        n = len(tokens) * 9 // 10
+        self.training = Stream(tokens[:n], chunks[:n], labels)
+        self.rest = Stream(tokens[n:], chunks[n:], labels)
+        if len(self.rest.tokens) < T:
+            raise ValueError(f"{', '.join(map(str, files))}: {len(tokens)} tokens are too few; the "
+                             f"tenth of them that is held out must fill a window of {T}")
+
+    def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
+        rng, last = random.Random(f"{self.seed} {step}"), len(self.training.tokens) - T
+        return self.training, torch.tensor([rng.randint(0, last) for _ in range(B)])
+
+    def held_out(self, B: int, T: int) -> Batch:
+        starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
+        return cut(self.rest, starts, T)
+
+
+def write_labels(concepts: Sequence[Concept], file: Path) -> None:
+    """Name the known concepts, in the official label file's columns, as CSV."""
+    with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as out:
+        rows = csv.writer(out)
+        rows.writerow(["concept_id", "concept_name", "concept_description", "head", "group_name"])
+        rows.writerows([c.id, c.name, c.description, "known", c.kind] for c in concepts)
+
+
+def read_text(file: Path) -> list[tuple[str, list[str]]]:
+    """The paragraphs of a text file, none of them labelled."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is "
+                         f"{error.object[error.start]:#04x}") from None
+    paragraphs = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
+    return at_least_one(file, [(part, []) for part in paragraphs if part])
+
+
+def read_jsonl(file: Path) -> list[tuple[str, list[str]]]:
+    """The chunks of a .jsonl file and the names of their concepts."""
+    chunks = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            chunk = json.loads(line)
+            text, concepts = chunk["text"], chunk.get("concepts", [])
+            fine = isinstance(text, str) and text and isinstance(concepts, list)
+            fine = fine and all(isinstance(name, str) and name for name in concepts)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fine = False
+        if not fine:
+            raise ValueError(f'{file}, line {number}: expected {{"text": "...", '
+                             '"concepts": ["name", ...]}, with a text that is not empty')
+        chunks.append((text, concepts))
+    return at_least_one(file, chunks)
+
+
+def at_least_one(file: Path, chunks: list) -> list:
+    if not chunks:
+        raise ValueError(f"{file} has no text")
+    return chunks

@@ -1,0 +1,53 @@
+"""Sums and means over all processes of a training run; with one process, plain sums and means.
+
+Every loss here is a mean over something whose number differs from process to process (masked
+tokens, chunks). The mean of the processes' means would be another loss; so numerators and
+denominators are summed over all of them first, and N processes take the step that one would.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK = int(os.environ.get("RANK", 0))         # torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes in all
+
+
+class Total(torch.autograd.Function):
+    """all_reduce with a gradient: x enters every process's sum, so all their gradients add up."""
+
+    @staticmethod
+    def forward(context, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> Tensor:
+        return Total.forward(context, gradient)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, same shape, in each of them.
+
+    The gradient of a loss that all of N processes compute comes back N times as large, since each
+    sends its own; DistributedDataParallel, which averages over processes, makes that right.
+    """
+    return Total.apply(x) if dist.is_initialized() else x
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x's elements over all processes, a scalar; 0 where none has any."""
+    count = total(x.new_tensor(float(x.numel())))
+    return total(x.sum()) / count.clamp(min=1)
+
+
+def agreed(x: float, device: torch.device) -> float:
+    """The first process's x: clocks differ, and all processes must stop at the same step."""
+    if not dist.is_initialized():
+        return x
+    value = torch.tensor(x, dtype=torch.float64, device=device)
+    dist.broadcast(value, 0)
+    return value.item()

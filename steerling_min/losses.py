@@ -1,0 +1,158 @@
+"""What makes the concept layer mean something: three losses, two devices, the steering losses.
+
+    total = token + presence + reconstruction + independence    (the first: `diffusion.token_loss`)
+
+presence teaches the known head which concepts a chunk of text has; reconstruction, the unknown head
+to supply what these leave of the hidden state; independence, the two not to say the same thing.
+
+**The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
+hidden state itself: whatever the heads add, epsilon takes away. The token loss then sends no
+gradient at all to them, and nothing would make predictions *go through* concepts. Two devices do,
+both in `compose`: residual dropout leaves epsilon out of some sequences, and teacher forcing puts
+the true labels' features there in place of the predicted ones while the head still has to learn.
+
+Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
+technical report, arXiv 2608.07594. The official weights of the losses are not published; here all
+are 1. Letters: B windows, T tokens, D width, C known concepts, N chunks, V vocabulary.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .distributed import mean, total
+
+# ---- the three losses of the concept layer -------------------------------------------------------
+
+
+def log_absent(logits: Tensor, chunks: Tensor, N: int) -> Tensor:
+    """log(1 - P), where P is the probability that a chunk has a concept: (N, C), float32 or better.
+
+    Labels belong to chunks, predictions to tokens. Noisy-OR joins them: a chunk has the concept
+    unless every token says no, 1 - P = prod_t (1 - p_t) with p_t = sigmoid(logit_t). The product
+    underflows on long chunks, so it is a sum of log(1 - p_t) = -softplus(logit_t).
+
+    Args: logits (B, T, C) of the known head; chunks (B, T) int64, each token's chunk, 0 to N - 1,
+    or -1 for special tokens, which take no part.
+    """
+    inside = chunks >= 0
+    log_no = -F.softplus(logits[inside])  # (tokens, C)
+    return log_no.new_zeros(N, logits.shape[-1]).index_add(0, chunks[inside], log_no)
+
+
+def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of the chunks' probabilities against their labels, in nats, a scalar.
+
+    -log P averaged over the labelled pairs of chunk and concept, plus -log(1 - P) averaged over
+    all other pairs: apart, or the many negatives would drown the few positives.
+
+    Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool.
+    """
+    absent = log_absent(logits, chunks, len(labels))  # (N, C), log(1 - P)
+    # A token without any doubt would make P exactly 0 in float32, and log P minus infinity.
+    present = torch.log(-torch.expm1(absent.clamp(max=-1e-7)))  # (N, C), log P
+    return mean(-present[labels]) + mean(-absent[~labels])
+
+
+def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Tensor:
+    """Mean square, over D and tokens, of unknown - (hidden - labelled); all (B, T, D).
+
+    The unknown head is to supply what the true labels leave over. The target is a constant: the
+    hidden state is not to become easy to supply, nor the labels' embeddings.
+    """
+    return mean((unknown - (hidden - labelled).detach()).square())
+
+
+def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
+    """Squared Frobenius norm of the cross-covariance K^T U of known and unknown features (B, T, D).
+
+    Columns are centred over the M = B T tokens (of all processes); the sum of squares is divided
+    by D^2 (M - 1). The known side is detached: the unknown features are to move away, not the
+    labelled ones.
+    """
+    D = known.shape[-1]
+    K, U = known.detach().reshape(-1, D), unknown.reshape(-1, D)  # (M, D)
+    M = total(K.new_tensor(float(len(K))))
+    K = K - total(K.sum(0)) / M
+    U = U - total(U.sum(0)) / M
+    return total(K.T @ U).square().sum() / (D**2 * (M - 1).clamp(min=1))
+
+
+# ---- the two devices -----------------------------------------------------------------------------
+
+
+def known_forcing(progress: float) -> float:
+    """Weight of the labels' features on the known side: 1 for the first 15% of training, then half
+    a cosine down to 0.5 at 50%, where it stays. progress is 0 at the start and 1 at the end."""
+    x = min(1.0, max(0.0, (progress - 0.15) / 0.35))
+    return 0.75 + 0.25 * math.cos(math.pi * x)
+
+
+def unknown_forcing(progress: float) -> float:
+    """The same for the unknown side: 1 for the first 25% of training, then linearly to 0.5 at 50%.
+
+    See `compose` for why the trainer does not use it unless asked to.
+    """
+    return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.25))
+
+
+def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
+            force_known: float, force_unknown: float = 0.0) -> Tensor:
+    """The composed state (B, T, D) that the token loss of a training step is computed through.
+
+    Where epsilon is kept it equals hidden, whatever the heads say. Where it is dropped:
+
+        composed =   force_known * labelled              + (1 - force_known) * known
+                 + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
+
+    Mind the trap: with both forced, labelled + (hidden - labelled) is hidden again, and although
+    epsilon is gone no gradient reaches the heads. Hence force_unknown = 0: the unknown side is
+    always the predicted one here.
+
+    Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
+    embeddings, summed), all (B, T, D); dropped (B,) bool, the sequences without epsilon.
+    """
+    forced_known = torch.lerp(known, labelled, force_known)
+    forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)
+    return torch.where(dropped[:, None, None], forced_known + forced_unknown, hidden)
+
+
+# ---- the steering losses (last part of training) -------------------------------------------------
+
+
+def respond_loss(logits: Tensor, concept: Tensor, injected: Tensor) -> Tensor:
+    """Where a concept's direction is injected, the known head must see it: mean of -log p_c.
+
+    Args: logits (B, T, C) of the known head; concept (B,) int64, what was injected into each
+    sequence; injected (B, T) bool, where.
+    """
+    c = concept[:, None, None].expand(-1, logits.shape[1], 1)  # (B, T, 1)
+    return mean(-F.logsigmoid(logits.gather(2, c)[..., 0][injected]))
+
+
+def lifted_tokens(counts: Tensor, threshold: float = 2.0) -> Tensor:
+    """Which tokens a concept makes at least `threshold` times likelier: (C, V) bool.
+
+    lift(w, c) = P(w | chunks with c) / P(w). Args: counts (C + 1, V), how often each token stands
+    in chunks with each concept, and, in the last row, in all chunks.
+    """
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C + 1, V), P(w | .)
+    return shares[:-1] > threshold * shares[-1]
+
+
+def express_loss(token_logits: Tensor, rows: Tensor, concept: Tensor, lifted: Tensor) -> Tensor:
+    """Where a concept is injected, the text must show it: -log of the lifted tokens' probability.
+
+    The probability is averaged over each sequence's injected positions before the logarithm is
+    taken: some of a text's words are to show the concept, not every one.
+
+    Args: token_logits (M, V) at the injected positions of all sequences; rows (M,) int64, the
+    sequence of each; concept (B,) int64, what was injected into it; lifted (C, V) bool.
+    """
+    probabilities = token_logits.float().softmax(-1)  # (M, V)
+    mass = (probabilities * lifted[concept[rows]]).sum(-1)  # (M,)
+    sums = mass.new_zeros(len(concept)).index_add(0, rows, mass)  # (B,)
+    n = torch.bincount(rows, minlength=len(concept))
+    return mean(-torch.log((sums / n)[n > 0] + 1e-6))

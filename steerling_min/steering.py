@@ -1,0 +1,158 @@
+"""Steering: push the text toward concepts, or away from them, while it is written.
+
+Three kinds of edit, which can be combined by `+`:
+- an injection adds a concept's direction to the residual stream of positions still masked;
+- a suppression lowers the logits of the tokens that a concept promotes;
+- an intervention sets a concept's weight in the concept layer (`iguide.decompose`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .iguide import decompose
+from .model import Steerling
+
+
+@dataclass(frozen=True)
+class Injection:
+    """Add alpha * direction of a group of known concepts after every block from `layer` on."""
+
+    ids: tuple[int, ...]       # their embeddings are summed
+    strength: float            # alpha, or the logits that alpha is to be worth
+    layer: int | None = None   # 1-based; None: early for logit units, the middle for raw ones
+    logit_units: bool = True   # alpha = strength / max_v(tok_emb_v . direction); else = strength
+    cutoff_tokens: int | None = None  # stop when so many tokens are committed; None: never
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What to do to which concepts. `Steering.amplify(3) + Steering.unlearn(7)` does both."""
+
+    injections: tuple[Injection, ...] = ()
+    suppressions: tuple[tuple[int, float], ...] = ()  # (known concept, strength)
+    known: tuple[tuple[int, float], ...] = ()         # interventions: (concept, weight)
+    unknown: tuple[tuple[int, float], ...] = ()
+    epsilon: str = "drop"                             # under interventions: "drop" or "keep"
+
+    @classmethod
+    def amplify(cls, ids: int | tuple[int, ...], strength: float = 8.0, layer: int | None = None,
+                cutoff_tokens: int | None = 32) -> "Steering":
+        """The official preset that brings concepts out.
+
+        strength is in logits of the token that the direction promotes most; layer None is
+        min(8, max(1, n_layers // 4)).
+        """
+        ids = (ids,) if isinstance(ids, int) else tuple(ids)
+        return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))
+
+    @classmethod
+    def unlearn(cls, id: int, group: tuple[int, ...] = (), strength: float = -7.0,
+                suppression: float = 20.0, layer: int | None = None) -> "Steering":
+        """The official preset that keeps a concept out.
+
+        The direction of the concept and its group is injected with a negative raw alpha, to the
+        end; the tokens that the concept alone promotes are suppressed. layer None is
+        n_layers // 2.
+        """
+        ids = tuple(dict.fromkeys((id, *group)))
+        return cls(injections=(Injection(ids, strength, layer, False, None),),
+                   suppressions=((id, suppression),))
+
+    def __add__(self, other: "Steering") -> "Steering":
+        """Both. Raises ValueError when they set one concept's weight or epsilon differently."""
+        epsilons = {s.epsilon for s in (self, other) if s.known or s.unknown}
+        for mine, theirs in ((self.known, other.known), (self.unknown, other.unknown)):
+            if {c for c, _ in mine} & {c for c, _ in theirs}:
+                raise ValueError("both steerings set the weight of the same concept")
+        if len(epsilons) > 1:
+            raise ValueError("one steering keeps epsilon and the other drops it")
+        return Steering(self.injections + other.injections, self.suppressions + other.suppressions,
+                        self.known + other.known, self.unknown + other.unknown,
+                        epsilons.pop() if epsilons else "drop")
+
+
+def unit(directions: Tensor) -> Tensor:
+    """Directions (..., D) divided by their L2 norms."""
+    return directions / directions.norm(dim=-1, keepdim=True)
+
+
+def alpha_of(strength: float, directions: Tensor, tok_emb: Tensor) -> Tensor:
+    """How far to go along unit directions (..., D) for a strength in logit units: (...).
+
+    A step of alpha raises the logit of the token that the direction promotes most by `strength`:
+    alpha = strength / max_v(tok_emb_v . direction). tok_emb is (V, D).
+    """
+    return strength / (directions @ tok_emb.T).amax(-1)
+
+
+def amplify_layer(n_layers: int) -> int:
+    """The layer from which amplification injects, unless another is given: early, 8 at most."""
+    return min(8, max(1, n_layers // 4))
+
+
+class Steerer:
+    """A Steering made ready for one model: what the sampler asks at every step."""
+
+    def __init__(self, steering: Steering, model: Steerling):
+        """Raises ValueError for a concept or a layer that the model does not have."""
+        self.model, self.steering = model, steering
+        config, tok_emb = model.config, model.transformer.tok_emb.weight.float()  # (V, D)
+        check(steering, config)
+
+        def embeddings(*ids):
+            return model.known_head.concept_embedding.weight[list(ids)].float()  # (n, D)
+        self.injections = []  # (layer, cutoff_tokens, alpha * direction (D,))
+        for injection in steering.injections:
+            direction = unit(embeddings(*injection.ids).sum(0))  # (D,)
+            alpha, layer = injection.strength, max(1, config.n_layers // 2)
+            if injection.logit_units:
+                alpha, layer = alpha_of(alpha, direction, tok_emb), amplify_layer(config.n_layers)
+            self.injections.append((injection.layer or layer, injection.cutoff_tokens,
+                                    alpha * direction))
+        self.suppression = torch.zeros(len(tok_emb), device=tok_emb.device)  # (V,)
+        for concept, strength in steering.suppressions:
+            self.suppression += strength * (tok_emb @ embeddings(concept)[0]).relu()
+
+    def vectors(self, masked: Tensor, committed: Tensor) -> dict[int, Tensor]:
+        """What to inject now, {layer: (B, T, D)}: nothing where a token stands already.
+
+        Args: masked (B, T) bool; committed (B,), new tokens written so far in each sequence.
+        """
+        found = {}
+        for layer, cutoff, vector in self.injections:
+            active = masked if cutoff is None else masked & (committed < cutoff)[:, None]
+            found[layer] = found.get(layer, 0.0) + active[..., None] * vector
+        dtype = self.model.transformer.tok_emb.weight.dtype
+        return {layer: x.to(dtype) for layer, x in found.items()}
+
+    def compose(self, hidden: Tensor) -> Tensor:
+        """hidden (M, D) -> composed (M, D) under the interventions; hidden itself without any."""
+        known, unknown = dict(self.steering.known), dict(self.steering.unknown)
+        if not known and not unknown:
+            return hidden
+        return decompose(hidden[None], self.model.known_head, self.model.unknown_head,
+                         known, unknown, self.steering.epsilon).composed[0]
+
+
+def check(steering: Steering, config: Config) -> None:
+    """Raise ValueError for what the model does not have, or what is not a number."""
+    used = [(c, "known", config.n_concepts) for c, _ in steering.suppressions + steering.known]
+    used += [(c, "unknown", config.n_unknown_concepts) for c, _ in steering.unknown]
+    for injection in steering.injections:
+        used += [(c, "known", config.n_concepts) for c in injection.ids]
+        if not injection.ids:
+            raise ValueError("an injection needs at least one concept")
+        if injection.layer is not None and not 1 <= injection.layer <= config.n_layers:
+            raise ValueError(f"layer = {injection.layer} is not a layer; "
+                             f"layers are 1 to {config.n_layers}")
+    for concept, kind, n in used:
+        if not 0 <= concept < n:
+            raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")
+    values = [v for _, v in steering.suppressions + steering.known + steering.unknown]
+    for value in values + [injection.strength for injection in steering.injections]:
+        if not math.isfinite(value):
+            raise ValueError(f"a strength of {value} is not a finite number")

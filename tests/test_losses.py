@@ -1,0 +1,204 @@
+"""The concept layer's losses: brute-force twins in float64, and who gets gradients."""
+
+import math
+
+import pytest
+import torch
+from conftest import close
+
+from steerling_min import losses
+from steerling_min.losses import (compose, express_loss, independence_loss, known_forcing,
+                                  lifted_tokens, log_absent, presence_loss, reconstruction_loss,
+                                  respond_loss, unknown_forcing)
+
+B, T, D, C, V = 2, 6, 5, 4, 7
+# Two windows; -1 are special tokens. Chunk 2 is cut by its window's edge.
+CHUNKS = torch.tensor([[-1, 0, 0, -1, 1, 1], [2, 2, 2, -1, 3, -1]])
+LABELS = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+# ---- presence ------------------------------------------------------------------------------------
+
+
+def test_a_chunk_lacks_a_concept_only_if_every_token_says_no():
+    logits = normal(B, T, C)
+    found = log_absent(logits, CHUNKS, 4)
+    for chunk in range(4):
+        product = torch.ones(C, dtype=torch.float64)
+        for b in range(B):
+            for i in range(T):
+                if CHUNKS[b, i] == chunk:
+                    product *= 1 - logits[b, i].sigmoid()
+        close(found[chunk], product.log(), "log(1 - P) = sum of -softplus(logit) over the chunk")
+
+
+def test_special_tokens_take_no_part_in_presence():
+    logits = normal(B, T, C).requires_grad_()
+    presence_loss(logits, CHUNKS, LABELS).backward()
+    assert (logits.grad[CHUNKS < 0] == 0).all(), "chunk -1 is no chunk"
+    assert (logits.grad[CHUNKS >= 0] != 0).all(), "every token of a chunk has its say"
+
+
+def test_presence_is_cross_entropy_with_positives_and_negatives_averaged_apart():
+    logits = normal(B, T, C)
+    positives, negatives = [], []
+    for chunk in range(4):
+        inside = CHUNKS == chunk
+        for c in range(C):
+            P = 1 - torch.prod(1 - logits[inside][:, c].sigmoid()).item()
+            if LABELS[chunk, c]:
+                positives.append(-math.log(P))
+            else:
+                negatives.append(-math.log(1 - P))
+    expected = sum(positives) / len(positives) + sum(negatives) / len(negatives)
+    assert presence_loss(logits, CHUNKS, LABELS).item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_presence_survives_long_chunks_and_sure_tokens():
+    """A product of 4096 factors underflows, and 1 - P of a sure token is 0."""
+    chunks = torch.zeros(1, 4096, dtype=torch.int64)
+    for logit in (15.0, -15.0):
+        logits = torch.full((1, 4096, 2), logit, requires_grad=True)
+        loss = presence_loss(logits, chunks, torch.tensor([[True, False]]))
+        loss.backward()
+        assert math.isfinite(loss.item()) and logits.grad.isfinite().all()
+
+
+def test_without_labels_the_positives_cost_nothing():
+    loss = presence_loss(normal(B, T, C), CHUNKS, LABELS & False)
+    assert math.isfinite(loss.item())
+
+
+# ---- reconstruction and independence -------------------------------------------------------------
+
+
+def test_the_unknown_head_is_to_supply_what_the_labels_leave_over():
+    unknown, hidden, labelled = (normal(B, T, D, seed=i) for i in range(3))
+    expected = sum((unknown[b, i, d] - (hidden[b, i, d] - labelled[b, i, d])).item() ** 2
+                   for b in range(B) for i in range(T) for d in range(D)) / (B * T * D)
+    assert reconstruction_loss(unknown, hidden, labelled).item() == pytest.approx(expected)
+
+
+def test_reconstruction_sends_gradient_to_the_unknown_side_only():
+    parts = [normal(B, T, D, seed=i).requires_grad_() for i in range(3)]
+    reconstruction_loss(*parts).backward()
+    unknown, hidden, labelled = parts
+    assert (unknown.grad != 0).all()
+    assert hidden.grad is None and labelled.grad is None, "the target is a constant"
+
+
+def test_independence_is_the_squared_norm_of_the_cross_covariance():
+    known, unknown = normal(B, T, D, seed=1), normal(B, T, D, seed=2)
+    k, u = known.flatten(0, 1), unknown.flatten(0, 1)
+    M, expected = B * T, 0.0
+    for i in range(D):
+        for j in range(D):
+            entry = sum((k[m, i] - k[:, i].mean()) * (u[m, j] - u[:, j].mean()) for m in range(M))
+            expected += entry.item() ** 2
+    expected /= D**2 * (M - 1)
+    assert independence_loss(known, unknown).item() == pytest.approx(expected)
+    shifted = independence_loss(known + 3, unknown - 2).item()
+    assert shifted == pytest.approx(expected), "a constant is not a dependence: columns are centred"
+
+
+def test_independence_moves_the_unknown_side_only():
+    known, unknown = (normal(B, T, D, seed=i).requires_grad_() for i in (1, 2))
+    independence_loss(known, unknown).backward()
+    assert known.grad is None and (unknown.grad != 0).all()
+
+
+# ---- the two devices -----------------------------------------------------------------------------
+
+
+def test_the_known_side_is_forced_fully_then_by_half():
+    assert known_forcing(0.0) == known_forcing(0.15) == 1.0
+    assert known_forcing(0.325) == pytest.approx(0.75), "half-way down the cosine"
+    assert 1.0 - known_forcing(0.2) < (1.0 - known_forcing(0.4)) / 4, "a cosine starts slowly"
+    assert known_forcing(0.5) == known_forcing(1.0) == pytest.approx(0.5)
+
+
+def test_the_unknown_side_is_forced_fully_then_linearly_by_half():
+    assert unknown_forcing(0.0) == unknown_forcing(0.25) == 1.0
+    assert unknown_forcing(0.3) == pytest.approx(0.9) and unknown_forcing(0.4) == pytest.approx(0.7)
+    assert unknown_forcing(0.5) == unknown_forcing(1.0) == 0.5
+
+
+def parts_for_compose():
+    hidden, known, unknown, labelled = (normal(B, T, D, seed=i) for i in range(4))
+    return [x.requires_grad_() for x in (hidden, known, unknown, labelled)]
+
+
+def test_with_epsilon_no_gradient_reaches_the_heads():
+    """The gradient question: composed = hidden, whatever known and unknown are."""
+    hidden, known, unknown, labelled = parts = parts_for_compose()
+    kept = torch.zeros(B, dtype=torch.bool)
+    composed = compose(*parts, kept, 0.5)
+    assert torch.equal(composed, hidden)
+    (composed * normal(B, T, D, seed=9)).sum().backward()
+    assert (hidden.grad != 0).all()
+    for name, x in (("known", known), ("unknown", unknown), ("labelled", labelled)):
+        assert x.grad is None or (x.grad == 0).all(), f"gradient at {name}, although epsilon is in"
+
+
+def test_without_epsilon_the_heads_carry_the_prediction():
+    hidden, known, unknown, labelled = parts = parts_for_compose()
+    dropped = torch.tensor([True, False])
+    composed = compose(*parts, dropped, 0.25)
+    close(composed[0], (0.25 * labelled + 0.75 * known + unknown)[0], "labels stand in by 0.25")
+    close(composed[1], hidden[1], "epsilon is dropped for whole sequences, this one keeps it")
+    (composed * normal(B, T, D, seed=9)).sum().backward()
+    for name, x in (("known", known), ("unknown", unknown), ("labelled", labelled)):
+        assert (x.grad[0] != 0).all(), f"no gradient at {name}, although epsilon is dropped"
+        assert (x.grad[1] == 0).all(), f"gradient at {name} of the sequence with epsilon"
+
+
+def test_the_trap_both_sides_forced_is_hidden_again():
+    hidden, known, unknown, labelled = parts = parts_for_compose()
+    composed = compose(*parts, torch.ones(B, dtype=torch.bool), 1.0, 1.0)
+    close(composed, hidden, "labelled + (hidden - labelled) = hidden, although epsilon is dropped")
+    (composed * normal(B, T, D, seed=9)).sum().backward()
+    assert (known.grad == 0).all() and (unknown.grad == 0).all(), "and no gradient flows"
+
+
+# ---- the steering losses -------------------------------------------------------------------------
+
+
+def test_respond_is_the_surprise_of_the_injected_concept_where_it_is_injected():
+    logits, concept = normal(B, T, C).requires_grad_(), torch.tensor([3, 1])
+    injected = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
+    at = [(0, 0, 3), (0, 2, 3), (1, 5, 1)]
+    expected = sum(-math.log(logits[i].sigmoid().item()) for i in at) / 3
+    loss = respond_loss(logits, concept, injected)
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert int((logits.grad != 0).sum()) == 3
+    assert respond_loss(logits, concept, injected & False).item() == 0.0
+
+
+def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all():
+    counts = torch.tensor([[8.0, 1, 1], [1, 1, 8], [30, 30, 40]])  # two concepts, then all chunks
+    assert lifted_tokens(counts).tolist() == [[True, False, False], [False, False, False]], (
+        "0.8 / 0.3 > 2; 0.8 / 0.4 is not above 2")
+
+
+def test_express_averages_the_lifted_mass_of_a_sequence_before_the_logarithm():
+    logits, rows = normal(4, V), torch.tensor([0, 0, 0, 1])
+    concept, lifted = torch.tensor([2, 0]), normal(C, V) > 0
+    p = logits.softmax(-1)
+    mass = [sum(p[m, v].item() for v in range(V) if lifted[concept[rows[m]], v]) for m in range(4)]
+    expected = (-math.log(sum(mass[:3]) / 3) - math.log(mass[3])) / 2
+    found = express_loss(logits, rows, concept, lifted).item()
+    assert found == pytest.approx(expected, abs=1e-4)
+    nowhere = express_loss(logits[:0], rows[:0], concept, lifted)
+    assert nowhere.item() == 0.0, "nothing is injected anywhere"
+
+
+def test_every_public_loss_is_tested_here():
+    public = {name for name, value in vars(losses).items()
+              if callable(value) and value.__module__ == losses.__name__}
+    assert public <= globals().keys(), f"untested: {public - globals().keys()}"

@@ -1,0 +1,107 @@
+"""Steering: its directions and strengths, its presets, where it acts, and what it refuses."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import close
+
+from steerling_min import Steerling, generate
+from steerling_min.steering import Injection, Steerer, Steering, alpha_of, unit
+
+PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
+
+
+def test_parity_of_direction_strength_and_suppression(model, golden):
+    embedding = model.known_head.concept_embedding.weight[3]
+    close(unit(embedding), golden["steer.direction_c3"], "the embedding divided by its L2 norm")
+    alpha = alpha_of(8.0, unit(embedding), model.transformer.tok_emb.weight)
+    close(alpha, golden["steer.alpha_c3_normalized"].view(()), "8 / max_v(tok_emb_v . direction)")
+    steerer = Steerer(Steering(suppressions=((3, 20.0),)), model)
+    close(steerer.suppression, golden["steer.relu_suppression_c3"], "20 relu(tok_emb . embedding)")
+
+
+def test_amplify_raises_the_tokens_that_the_concept_promotes(model):
+    vectors = Steerer(Steering.amplify(3, 5.0), model).vectors(
+        torch.tensor([[True]]), torch.tensor([0]))
+    logits = model.transformer.tok_emb.weight @ vectors[1][0, 0]
+    assert logits.max().item() == pytest.approx(5.0, abs=1e-4), "strength is in logits"
+
+
+def test_the_presets_are_the_official_ones():
+    amplify, unlearn = Steering.amplify(3), Steering.unlearn(3, group=(5, 3))
+    assert amplify.injections == (Injection((3,), 8.0, None, True, 32),)
+    assert amplify.suppressions == ()
+    assert unlearn.injections == (Injection((3, 5), -7.0, None, False, None),)
+    assert unlearn.suppressions == ((3, 20.0),), "suppression takes the focal concept only"
+
+
+@pytest.mark.parametrize("n_layers, early, middle", [(1, 1, 1), (4, 1, 2), (16, 4, 8),
+                                                     (32, 8, 16), (64, 8, 32)])
+def test_layers_not_given_depend_on_depth(n_layers, early, middle, model):
+    config = dataclasses.replace(model.config, n_layers=n_layers)
+    with torch.device("meta"):
+        deep = Steerling(config).to_empty(device="cpu")
+    found = Steerer(Steering.amplify(0) + Steering.unlearn(1), deep).injections
+    assert [layer for layer, _, _ in found] == [early, middle]
+
+
+def test_only_masked_positions_are_injected_and_only_until_the_cutoff(model):
+    steerer = Steerer(Steering.amplify(3, cutoff_tokens=4), model)
+    masked = torch.tensor([[False, True, True], [False, False, True]])
+    vectors = steerer.vectors(masked, torch.tensor([3, 4]))[1]
+    assert torch.equal(vectors.any(-1), torch.tensor([[False, True, True], [False] * 3])), (
+        "row 1 has 4 committed tokens, which is the cutoff; committed tokens are left alone")
+    forever = Steerer(Steering.amplify(3, cutoff_tokens=None), model)
+    assert forever.vectors(masked, torch.tensor([3, 10**6]))[1].any(-1).equal(masked)
+
+
+def test_no_strength_is_no_steering_bit_for_bit(model):
+    nothing = Steering.amplify(3, 0.0) + Steering.unlearn(5, strength=0.0, suppression=0.0)
+    assert torch.equal(generate(model, PROMPT, 20, seed=4, steering=nothing),
+                       generate(model, PROMPT, 20, seed=4))
+
+
+def test_both_is_the_sum(model):
+    both = Steering.amplify(3, layer=2) + Steering.amplify(5, 4.0, layer=2)
+    at = torch.tensor([[True]]), torch.tensor([0])
+    parts = [Steerer(s, model).vectors(*at)[2]
+             for s in (Steering.amplify(3, layer=2), Steering.amplify(5, 4.0, layer=2))]
+    close(Steerer(both, model).vectors(*at)[2], sum(parts), "injections at one layer add up")
+
+
+def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):
+    """The logits change by exactly (new weight - old weight) * embedding . tok_emb."""
+    tokens = torch.tensor([PROMPT[0] + [model.config.mask_token_id] * 4])
+    plain = model(tokens)
+    steerer = Steerer(Steering(known=((3, 2.5),), epsilon="keep"), model)
+    edited = model.transformer.lm_head(steerer.compose(plain.hidden[0]))
+    old = torch.where(plain.known_ids[0] == 3, plain.known_logits[0].sigmoid(), 0.0).sum(-1)
+    promoted = model.transformer.tok_emb.weight @ model.known_head.concept_embedding.weight[3]
+    close(edited - plain.logits[0], (2.5 - old)[:, None] * promoted, "and nothing else", 5e-5)
+
+
+def test_steerings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="same concept"):
+        Steering(known=((3, 1.0),)) + Steering(known=((3, 2.0),))
+    with pytest.raises(ValueError, match="one steering keeps epsilon"):
+        Steering(known=((3, 1.0),)) + Steering(known=((4, 2.0),), epsilon="keep")
+    kept = Steering.amplify(1) + Steering(unknown=((4, 2.0),), epsilon="keep")
+    assert kept.epsilon == "keep", "a steering without interventions has no say"
+
+
+@pytest.mark.parametrize("steering, message", [
+    (Steering.amplify(32), "known concept 32 does not exist; ids are 0 to 31"),
+    (Steering.amplify(-1), "known concept -1 does not exist"),
+    (Steering.unlearn(3, (99,)), "known concept 99"),
+    (Steering(suppressions=((40, 1.0),)), "known concept 40"),
+    (Steering(known=((32, 1.0),)), "known concept 32"),
+    (Steering(unknown=((64, 1.0),)), "unknown concept 64 does not exist; ids are 0 to 63"),
+    (Steering.amplify(()), "at least one concept"),
+    (Steering.amplify(3, layer=0), "layer = 0 is not a layer; layers are 1 to 2"),
+    (Steering.amplify(3, layer=3), "layer = 3 is not a layer"),
+    (Steering.amplify(3, float("nan")), "nan is not a finite number"),
+    (Steering(known=((3, float("inf")),)), "inf is not a finite number")])
+def test_what_the_model_does_not_have_is_refused(model, steering, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPT, 4, steering=steering)
