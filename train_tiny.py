@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from steerling_min import Config, Steerling
 from steerling_min.cli import Parser
 from steerling_min.curve import save_png, text_curve
-from steerling_min.data import LABELS, Batch, Stories, Texts, count_tokens, cut, write_labels
+from steerling_min.data import Batch, Stories, Texts, count_tokens, cut
 from steerling_min.diffusion import corrupt, noise_levels
 from steerling_min.distributed import RANK, WORLD, agreed
 from steerling_min.evaluate import evaluate, held_out_loss, print_table
+from steerling_min.labels import write_labels
 from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
 from steerling_min.objective import PARTS, Objective, injections
@@ -65,7 +66,7 @@ SIZES = {  # what differs from Config.tiny()
 def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     """Random weights, in a configuration that fits the corpus."""
     torch.manual_seed(seed)
-    C = len(corpus.concepts) or 1
+    C = len(corpus.labels) or 1
     model = Steerling(dataclasses.replace(
         Config.tiny(corpus.tokenizer.vocab_size), n_concepts=C, topk_known=min(6, C),
         topk_known_features=min(6, C), **SIZES[size]))
@@ -107,7 +108,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = 0.0 if "dropout" in args.without else DROPOUT * min(1.0, 2 * progress)
     dropped = torch.rand(B, generator=generator) < dropout
     concept, where = injections(batch, generator)
-    steering = corpus.concepts and progress >= STEER_FROM and "steering" not in args.without
+    steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     return (cut(stream, starts[mine], T), noisy[mine], masked[mine], t[mine], dropped[mine],
             progress, concept[mine], (where & masked)[mine] if steering else None)
@@ -248,14 +249,14 @@ def run(args: Namespace) -> None:
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
         print(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
-              f"{model.config.block_size} tokens a step; {len(corpus.concepts)} known concepts")
-        if not corpus.concepts:
+              f"{model.config.block_size} tokens a step; {len(corpus.labels)} known concepts")
+        if not corpus.labels:
             print("no labels: the presence loss, teacher forcing and steering losses are off")
     history = train(model, corpus, args)
     if RANK == 0:
         model.save_pretrained(args.out)
         corpus.tokenizer.save(args.out / RANK_FILE)
-        write_labels(corpus.concepts, args.out / LABELS)
+        write_labels(corpus.labels, args.out)
         if history:
             print(text_curve(history))
             try:

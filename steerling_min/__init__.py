@@ -1,8 +1,10 @@
 """steerling_min: Steerling-8B, small enough to read."""
 
 from .config import Config
-from .diffusion import generate, unmask
+from .diffusion import generate, log_likelihood, unmask
 from .model import Steerling, load
+from .steering import Steering
 from .tokenizer import Tokenizer
 
-__all__ = ["Config", "Steerling", "Tokenizer", "generate", "load", "unmask"]
+__all__ = ["Config", "Steering", "Steerling", "Tokenizer", "generate", "load", "log_likelihood",
+           "unmask"]

@@ -6,7 +6,6 @@ windows of the context length are cut from that stream, without padding and with
 documents. Labels belong to whole chunks; no token has one of its own.
 """
 
-import csv
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from . import world
-from .checkpoint import replacing
+from .labels import Label
 from .tokenizer import Tokenizer
-from .world import Chunk, Concept
+from .world import Chunk
 
-LABELS = "concept_labels.csv"  # beside a checkpoint
 VOCAB_SIZE = 1024  # at most; the stories' words make 827
 
 
@@ -88,7 +86,7 @@ class Stories:
     Every draw follows from the seed and the step, so a run can go on from any step.
     """
 
-    concepts = world.CONCEPTS
+    labels = [Label(c.id, c.name, c.description, c.kind) for c in world.CONCEPTS]
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -100,7 +98,7 @@ class Stories:
         """At least n tokens of stories, other ones at every step."""
         rng = random.Random(f"{self.seed} {step}")
         stories = (world.write_story(rng).chunks for _ in iter(int, 1))  # without end
-        return pack(stories, self.tokenizer, len(self.concepts), n)
+        return pack(stories, self.tokenizer, len(self.labels), n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """What a training step reads: a stream, and where its B windows of T tokens start."""
@@ -126,12 +124,12 @@ class Texts:
         documents = [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
                      for file in files]
         names = {name for document in documents for _, concepts in document for name in concepts}
-        self.concepts = [Concept(i, name, "", "") for i, name in enumerate(sorted(names))]
-        ids = {concept.name: concept.id for concept in self.concepts}
+        self.labels = [Label(i, name) for i, name in enumerate(sorted(names))]
+        ids = {label.name: label.id for label in self.labels}
         documents = [[Chunk(text, tuple(ids[name] for name in concepts))
                       for text, concepts in document] for document in documents]
         self.tokenizer = Tokenizer.train("\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
-        tokens, chunks, labels = pack(documents, self.tokenizer, len(self.concepts))
+        tokens, chunks, labels = pack(documents, self.tokenizer, len(self.labels))
         n = len(tokens) * 9 // 10
         self.training = Stream(tokens[:n], chunks[:n], labels)
         self.rest = Stream(tokens[n:], chunks[n:], labels)
@@ -146,14 +144,6 @@ class Texts:
     def held_out(self, B: int, T: int) -> Batch:
         starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
         return cut(self.rest, starts, T)
-
-
-def write_labels(concepts: Sequence[Concept], file: Path) -> None:
-    """Name the known concepts, in the official label file's columns, as CSV."""
-    with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as out:
-        rows = csv.writer(out)
-        rows.writerow(["concept_id", "concept_name", "concept_description", "head", "group_name"])
-        rows.writerows([c.id, c.name, c.description, "known", c.kind] for c in concepts)
 
 
 def read_text(file: Path) -> list[tuple[str, list[str]]]:

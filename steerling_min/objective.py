@@ -54,15 +54,16 @@ class Objective(nn.Module):
             alpha = alpha_of(STRENGTH, direction, model.transformer.tok_emb.weight).detach()  # (B,)
             vectors = injected[..., None] * (alpha[:, None] * direction)[:, None]  # (B, T, D)
             injections = {amplify_layer(model.config.n_layers): vectors}
-        hidden = model.transformer(noisy, injections)
+        # float(): under autocast products come out in bfloat16; sums and losses stay in float32
+        hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
         logits = model.known_head.logits(hidden)  # (B, T, C)
         top, ids = logits.topk(model.known_head.topk, dim=-1)
         known = model.known_head.features(ids, top.sigmoid())  # (B, T, D)
         top, ids = model.unknown_head.logits(hidden).topk(model.unknown_head.topk, dim=-1)
-        unknown = model.unknown_head.features(ids, top.sigmoid())  # (B, T, D)
+        unknown = model.unknown_head.features(ids, top.sigmoid()).float()  # (B, T, D)
         labels = nn.functional.pad(batch.labels, (0, 0, 0, 1))[batch.chunks]  # (B, T, C) bool
-        labelled = labels.to(hidden) @ embedding[: labels.shape[-1]]  # (B, T, D)
+        labelled = (labels.to(hidden) @ embedding[: labels.shape[-1]]).float()  # (B, T, D)
 
         supervised = labels.shape[-1] > 0
         composed = compose(

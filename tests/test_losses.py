@@ -60,10 +60,10 @@ def test_presence_is_cross_entropy_with_positives_and_negatives_averaged_apart()
 
 
 def test_presence_survives_long_chunks_and_sure_tokens():
-    """A product of 4096 factors underflows, and 1 - P of a sure token is 0."""
-    chunks = torch.zeros(1, 4096, dtype=torch.int64)
-    for logit in (15.0, -15.0):
-        logits = torch.full((1, 4096, 2), logit, requires_grad=True)
+    """A product of 4096 factors underflows, and 1 - p of a sure token is 0 in float32."""
+    for tokens, logit in ((4096, 15.0), (4096, -15.0), (1, 15.0), (1, -15.0)):
+        chunks = torch.zeros(1, tokens, dtype=torch.int64)
+        logits = torch.full((1, tokens, 2), logit, requires_grad=True)
         loss = presence_loss(logits, chunks, torch.tensor([[True, False]]))
         loss.backward()
         assert math.isfinite(loss.item()) and logits.grad.isfinite().all()

@@ -36,6 +36,13 @@ def test_the_presets_are_the_official_ones():
     assert unlearn.suppressions == ((3, 20.0),), "suppression takes the focal concept only"
 
 
+def test_a_raw_strength_is_the_length_of_the_step(model):
+    raw = Steerer(Steering.unlearn(3, (4, 9), strength=-7.0), model).injections[0][2]
+    assert raw.norm().item() == pytest.approx(7.0, abs=1e-4), "alpha times a unit direction"
+    summed = model.known_head.concept_embedding.weight[[3, 4, 9]].sum(0)
+    close(raw, -7 * unit(summed), "away from the sum of the group's embeddings")
+
+
 @pytest.mark.parametrize("n_layers, early, middle", [(1, 1, 1), (4, 1, 2), (16, 4, 8),
                                                      (32, 8, 16), (64, 8, 32)])
 def test_layers_not_given_depend_on_depth(n_layers, early, middle, model):

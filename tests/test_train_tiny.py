@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 import train_tiny
 from steerling_min import Steerling, load
-from steerling_min.data import LABELS, Stories
+from steerling_min.data import Stories
+from steerling_min.labels import LABELS
 from steerling_min.resume import STATE
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def test_a_run_leaves_a_model_that_loads_and_its_curve(run, tmp_path):
     out = run("--steps", 10)
     model, tokenizer = load(tmp_path / "out")
     assert model.config.n_embd == 32 and tokenizer.vocab_size == model.config.vocab_size
-    assert (tmp_path / "out" / LABELS).read_text().startswith("concept_id,concept_name")
+    assert (tmp_path / "out" / (LABELS + ".csv")).read_text().startswith("concept_id,concept_name")
     assert "nats per masked token" in out and out.count("o") > 10, "a curve of letters"
     assert not list((tmp_path / "out").glob("*.partial"))
 
@@ -228,7 +229,7 @@ def test_labelled_lines_train_their_concepts(run, tmp_path):
         + "\n" for i in range(400)))
     out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
     assert "1 known concepts" in out and "presence" in out
-    assert "0,even,,known," in (tmp_path / "out" / LABELS).read_text()
+    assert "0,even,,known," in (tmp_path / "out" / (LABELS + ".csv")).read_text()
 
 
 @pytest.mark.parametrize("content, message", [
