@@ -1,28 +1,152 @@
-"""Attribution: how much each concept added to the logit of a token."""
+"""Attribution: why a token was written. From concepts to the token, and from the prompt to it.
+
+A logit is a sum (`iguide.py`), so what each concept did for a token can simply be read off, at the
+step in which the token was committed: `unmask` hands the hidden states of that step on. A pass over
+the finished text would answer another question, as it sees tokens that were masks at the time.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .iguide import Decomposition
+from .diffusion import Step
+from .iguide import set_weights
 from .model import Steerling
+from .steering import Steering
+
+# ---- concepts -> token ---------------------------------------------------------------------------
 
 
-def contributions(model: Steerling, parts: Decomposition, at: Tensor, targets: Tensor
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the logits of chosen tokens at chosen positions into concepts and epsilon.
+@dataclass
+class Attribution:
+    """The logits of n tokens taken apart: each is known.sum() + unknown.sum() + epsilon."""
 
-    A concept adds weight * (embedding . tok_emb[target]), with weight = sigmoid(its logit);
-    epsilon adds the rest. The three sum to the logit.
+    tokens: Tensor       # (n,) int64, the tokens asked about
+    known_ids: Tensor    # (n, k) int64
+    known: Tensor        # (n, k), weight * (embedding . tok_emb[token]), in logits
+    unknown_ids: Tensor  # (n, k')
+    unknown: Tensor      # (n, k')
+    epsilon: Tensor      # (n,), what the concepts leave over, in logits
 
-    Args: parts, what the model made of (B, T) tokens; at (B, T) bool, the M positions; targets
-    (M,) int64, the token asked about at each.
-    Returns known (M, k) and unknown (M, k'), in the order of parts.known_ids and
-    parts.unknown_ids, and epsilon (M,), all in logits.
+    def mass(self) -> Tensor:
+        """(n, 3): the absolute contributions of known concepts, unknown ones, epsilon, summed."""
+        return torch.stack([self.known.abs().sum(1), self.unknown.abs().sum(1),
+                            self.epsilon.abs()], dim=1)
+
+    def shares(self) -> Tensor:
+        """(n, 3): the mass of known, unknown and epsilon as parts of 1, token by token."""
+        mass = self.mass()
+        return mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
+
+    def __getitem__(self, rows) -> "Attribution":
+        """That of some of the tokens: a slice, a mask or indices."""
+        return Attribution(*(x[rows] for x in vars(self).values()))
+
+
+def attribute(model: Steerling, hidden: Tensor, tokens: Tensor, steering: Steering | None = None
+              ) -> Attribution:
+    """What each selected concept, and epsilon, contributed to the logits of tokens.
+
+    Args: hidden (n, D), the states that the logits were computed from; tokens (n,) int64, the one
+    asked about at each; steering, whose interventions count as they did then. (Injections are in
+    the hidden states already. Suppression acts on logits, after all this.)
     """
-    y = model.transformer.tok_emb(targets)  # (M, D)
-    E = model.known_head.concept_embedding(parts.known_ids[at])  # (M, k, D)
-    known = parts.known_logits[at].sigmoid() * torch.einsum("mkd,md->mk", E, y)
-    coef = model.unknown_head.embedding_coef(parts.unknown_ids[at])  # (M, k', r)
-    z = y @ model.unknown_head.embedding_basis.weight  # (M, r)
-    unknown = parts.unknown_logits[at].sigmoid() * torch.einsum("mkr,mr->mk", coef, z)
-    return known, unknown, (parts.epsilon[at] * y).sum(-1)
+    steering = steering or Steering()
+    everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=hidden.device)
+    y = model.transformer.tok_emb(tokens)  # (n, D)
+    rest, found = hidden, []
+    heads = ((model.known_head, steering.known), (model.unknown_head, steering.unknown))
+    for head, edits in heads:
+        logits, ids = head.logits(hidden[None]).topk(head.topk, dim=-1)  # (1, n, k)
+        weights = logits.sigmoid()
+        rest = rest - head.features(ids, weights)[0]
+        ids, weights = set_weights(ids, weights, dict(edits), everywhere)
+        found += [ids[0], weights[0] * head.alignment(ids[0], y)]
+    if steering.epsilon == "drop" and (steering.known or steering.unknown):
+        rest = torch.zeros_like(rest)
+    return Attribution(tokens, *found, (rest * y).sum(-1))
+
+
+def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
+                   steering: Steering | None = None) -> tuple[Tensor, Attribution]:
+    """The attribution of every token that a run of `unmask` wrote into one sequence.
+
+    Returns the positions (n,), ascending, and the Attribution of the tokens there, each from the
+    step that committed it. steering must be the one given to `unmask`.
+    """
+    steps = list(steps)
+    positions = torch.cat([step.positions[row] for step in steps])
+    order = positions.argsort()
+    hidden = torch.cat([step.hidden[row] for step in steps])[order]
+    tokens = torch.cat([step.ids[row] for step in steps])[order]
+    return positions[order], attribute(model, hidden, tokens, steering)
+
+
+def chunk_attribution(found: Attribution) -> dict[int, float]:
+    """What the known concepts did for a chunk: concept -> share of the logits' mass, signed.
+
+    Each token's contributions are divided by its total absolute mass, and averaged over the tokens.
+    """
+    relative = found.known / found.mass().sum(1, keepdim=True)  # (n, k)
+    shares = defaultdict(float)
+    for concept, share in zip(found.known_ids.flatten().tolist(), relative.flatten().tolist()):
+        shares[concept] += share / len(found.tokens)
+    return dict(sorted(shares.items(), key=lambda item: -abs(item[1])))
+
+
+# ---- input tokens -> token -----------------------------------------------------------------------
+
+
+def input_attribution(model: Steerling, tokens: Tensor, position: int, target: int,
+                      steps: int = 32) -> Tensor:
+    """How much each input token adds to the logit of `target` at `position`: (T,), in logits.
+
+    Integrated gradients (Sundararajan et al., arXiv 1703.01365) from an all-mask input: the path
+    from the mask's embedding to each token's is walked in `steps` equal steps, and the gradients at
+    their ends (a right Riemann sum) are averaged. The attributions add up to
+    logit(tokens) - logit(all masks), nearly; positions that are masks get exactly 0.
+
+    Args: tokens (T,), partly masked, as they stood when the target was committed.
+    """
+    backbone, mask = model.transformer, model.config.mask_token_id
+    with torch.no_grad():
+        x = backbone.tok_emb(tokens)  # (T, D)
+        baseline = backbone.tok_emb.weight[mask].expand_as(x)
+        parts = torch.arange(1, steps + 1, device=x.device, dtype=x.dtype) / steps
+        path = baseline + parts[:, None, None] * (x - baseline)  # (steps, T, D)
+    gradient = torch.zeros_like(x)
+    for points in path.split(8):
+        points = points.requires_grad_()
+        with torch.enable_grad():
+            hidden = backbone.from_embeddings(points)[:, position]  # (8, D), composed: no edits
+            logits = hidden @ backbone.tok_emb.weight[target]
+        gradient += torch.autograd.grad(logits.sum(), points)[0].sum(0)
+    return ((x - baseline) * gradient / steps).sum(-1)
+
+
+# ---- what a concept does -------------------------------------------------------------------------
+
+
+def promoted(model: Steerling, concept: int, n: int = 10) -> tuple[Tensor, Tensor]:
+    """The tokens that a known concept raises most, and those that it lowers most: (n,) ids each."""
+    embedding = model.known_head.concept_embedding.weight[concept]
+    alignment = (model.transformer.tok_emb.weight @ embedding).float()  # (V,)
+    return alignment.topk(n).indices, (-alignment).topk(n).indices
+
+
+def nearest(model: Steerling, concept: int, n: int = 5) -> tuple[Tensor, Tensor]:
+    """The known concepts whose embeddings point most nearly the same way: ids and cosines (n,)."""
+    E = model.known_head.concept_embedding.weight[: model.config.n_concepts].float()
+    cosine = torch.cosine_similarity(E, E[concept][None], dim=-1)
+    cosine[concept] = -torch.inf
+    cosine, ids = cosine.topk(min(n, len(E) - 1))
+    return ids, cosine
+
+
+@torch.no_grad()
+def activations(model: Steerling, tokens: Tensor, concept: int) -> Tensor:
+    """How present a known concept is at each token of a text: (B, T) -> (B, T), 0 to 1."""
+    return model.known_head.logits(model.transformer(tokens))[..., concept].sigmoid()

@@ -23,7 +23,12 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, injections: dict[int, Tensor] | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> hidden (B, T, D), after ln_f.
+        """tokens (B, T) int64 -> hidden (B, T, D), after ln_f; see `from_embeddings`."""
+        return self.from_embeddings(self.tok_emb(tokens), injections, cache)
+
+    def from_embeddings(self, x: Tensor, injections: dict[int, Tensor] | None = None,
+                        cache: KVCache | None = None) -> Tensor:
+        """x (B, T, D), embedded tokens -> hidden (B, T, D), after ln_f.
 
         injections, {layer: (B, T, D)}: each is added to the residual stream after every block whose
         1-based number is at least its layer. With a cache, `tokens` are those from position
@@ -34,7 +39,7 @@ class Backbone(nn.Module):
         never trained) or what is to be injected at is not a layer.
         """
         start = cache.length if cache is not None else 0
-        end = start + tokens.shape[1]
+        end = start + x.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         injections = injections or {}
@@ -42,11 +47,10 @@ class Backbone(nn.Module):
             if not 1 <= inject_layer <= self.config.n_layers:
                 raise ValueError(f"inject_layer = {inject_layer} is not a layer; "
                                  f"layers are 1 to {self.config.n_layers}")
-        keys = torch.arange(end, device=tokens.device)  # (Tk,) absolute positions
+        keys = torch.arange(end, device=x.device)  # (Tk,) absolute positions
         queries = keys[start:]                          # (T,)
         mask = block_causal_mask(queries, keys, self.config.diff_block_size)
         cos, sin = rotary_tables(queries, self.config.head_dim, self.config.rope_base)
-        x = self.tok_emb(tokens)  # (B, T, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, mask, cache, layer)
             for inject_layer, injection in injections.items():

@@ -4,7 +4,7 @@ Forward process: tokens of a text become <|mask|>; the model learns to predict t
 Reverse process: start from masks only and, step by step, commit the tokens the model is surest of.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
@@ -128,28 +128,24 @@ class Step:
     positions: tuple[Tensor, ...]    # (n,) each: the positions just committed, surest first
     ids: tuple[Tensor, ...]          # (n,) each: the tokens put there
     confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, 0 to 1
+    hidden: tuple[Tensor, ...]       # (n, D) each: the states that the logits were computed from
     unwritten: Tensor                # (B,), masks left; at the end only where a sequence stopped
 
 
-def plain_logits(model: Steerling, tokens: Tensor, masked: Tensor,
-                 injections: dict[int, Tensor], compose: Callable[[Tensor], Tensor]) -> Tensor:
-    """Logits (M, V) at the M masked positions (B, T), the plain way: everything, every time.
-
-    injections (B, T, D) by layer and compose, (M, D) hidden -> (M, D) composed: the steering.
-    """
-    hidden = model.transformer(tokens, injections)  # (B, T, D)
-    return model.transformer.lm_head(compose(hidden[masked]))
+def plain_hidden(model: Steerling, tokens: Tensor, masked: Tensor,
+                 injections: dict[int, Tensor]) -> Tensor:
+    """Hidden states (M, D) at the M masked positions (B, T), the plain way: everything, always."""
+    return model.transformer(tokens, injections)[masked]
 
 
-def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, injections: dict[int, Tensor],
-                  compose: Callable[[Tensor], Tensor], cache: KVCache) -> Tensor:
-    """The same logits with the least work: the fast way.
+def cached_hidden(model: Steerling, tokens: Tensor, masked: Tensor, injections: dict[int, Tensor],
+                  cache: KVCache) -> Tensor:
+    """The same hidden states with the least work: the fast way.
 
-    Three things make it exact, to rounding. Attention is causal across blocks, so keys and values
-    of the blocks before the first mask are final, and come from the cache. For the same reason
-    the blocks after the last masked position asked for cannot influence it. And with epsilon the
-    composed state is the hidden state, so that the concept heads need not run unless something
-    edits them. (Injections go to masked positions only: final blocks have none.)
+    Two things make it exact, to rounding. Attention is causal across blocks, so keys and values of
+    the blocks before the first mask are final, and come from the cache. (Injections go to masked
+    positions: final blocks have none.) For the same reason the blocks after the last masked
+    position asked for cannot influence it.
 
     With S = 4, a prompt of 6, and the window [6, 10) filled in the order 8, 6, 9, 7:
 
@@ -169,17 +165,20 @@ def cached_logits(model: Steerling, tokens: Tensor, masked: Tensor, injections: 
     injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
     hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, end - length, D)
     cache.length = asked[0] // S * S  # this very pass has written the final keys before it
-    return model.transformer.lm_head(compose(hidden[masked[:, fresh]]))
+    return hidden[masked[:, fresh]]
 
 
 def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_scale: float,
-                  steerer: Steerer, cache: KVCache | None) -> Tensor:
-    """Logits (M, V), float32, at the masked positions (B, T), guided and steered.
+                  steerer: Steerer, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    """Logits (M, V), float32, guided and steered, and hidden states (M, D), at the M masked
+    positions (B, T).
 
+    With epsilon the composed state is the hidden state, so the concept heads run only when a
+    steering edits them (`Steerer.compose`).
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
     time with the prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
-    Steering: every masked position is injected, the prompt of the second run included; where that
-    changes, the keys in the cache are void. Suppression comes last.
+    Every masked position is injected, the prompt of the second run included; as that changes, the
+    keys in the cache are void then. Suppression comes last.
     """
     mask_id = model.config.mask_token_id
     committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)
@@ -190,16 +189,17 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
         committed = torch.cat([committed, committed])
     injections = steerer.vectors(tokens == mask_id, committed)
     if cache is None:
-        logits = plain_logits(model, tokens, masked, injections, steerer.compose)
+        hidden = plain_hidden(model, tokens, masked, injections)
     else:
         if cfg_scale > 0 and injections:
             cache.length = 0
-        logits = cached_logits(model, tokens, masked, injections, steerer.compose, cache)
-    logits = logits.float()
+        hidden = cached_hidden(model, tokens, masked, injections, cache)
+    logits = model.transformer.lm_head(steerer.compose(hidden)).float()
     if cfg_scale > 0:
+        hidden, _ = hidden.chunk(2)
         c, u = logits.chunk(2)
         logits = u + (cfg_scale + 1) * (c - u)
-    return logits - steerer.suppression
+    return logits - steerer.suppression, hidden
 
 
 @torch.no_grad()
@@ -269,15 +269,15 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
             m = masked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
-            logits = masked_logits(model, tokens, masked, L, cfg_scale, steerer, cache)  # (M, V)
+            logits, hidden = masked_logits(model, tokens, masked, L, cfg_scale, steerer, cache)
             commits = []
-            for b, row_logits in enumerate(logits.split(m)):  # (m, V)
+            for b, (row_logits, row_hidden) in enumerate(zip(logits.split(m), hidden.split(m))):
                 chosen, ids, confidence = choose(
                     row_logits, tokens[b], count, confidence_threshold, roles.banned,
                     repetition_penalty, temperature, top_p, entropy_sampling, draws[b])  # (n,) each
                 positions = masked[b].nonzero()[:, 0][chosen]  # (n,)
                 tokens[b, positions] = ids
-                commits.append((positions, ids, confidence))
+                commits.append((positions, ids, confidence, row_hidden[chosen]))
                 turn_ends = positions[torch.isin(ids, roles.end_turn)]
                 if len(turn_ends):
                     tokens[b, turn_ends.min() + 1:] = eos_id

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from . import world
-from .attribution import contributions
+from .attribution import attribute
 from .data import Batch, Stream, cut, pack
 from .diffusion import corrupt, generate, likelihood_bound, noise_levels
 from .losses import log_absent
@@ -179,8 +179,7 @@ def concepts(model: Steerling, stream: Stream, device: torch.device, n: int) -> 
             bare = model.transformer.lm_head((out.known + out.unknown)[masked])
             add("right " + name, out.logits[masked].argmax(-1) == y, bare.argmax(-1) == y)
             if name == "uniform":
-                known, unknown, epsilon = contributions(model, out, masked.to(device), y)
-                add("mass", known.abs().sum(1), unknown.abs().sum(1), epsilon.abs())
+                add("mass", attribute(model, out.hidden[masked], y).mass())
                 add("features", out.known[masked], out.unknown[masked])
     found = {name: [torch.cat(x) for x in zip(*values)] for name, values in rows.items()}
 
@@ -189,7 +188,7 @@ def concepts(model: Steerling, stream: Stream, device: torch.device, n: int) -> 
 
     def lost(right, without):
         return 100 * (right.float().mean() - without.float().mean()).item()
-    known, unknown, epsilon = (x.sum() for x in found["mass"])
+    known, unknown, epsilon = found["mass"][0].sum(0)
     everything = known + unknown + epsilon
     K, U = found["features"]
     cross = covariance(K, U).norm() / (covariance(K, K).norm() * covariance(U, U).norm()).sqrt()

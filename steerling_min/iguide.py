@@ -58,6 +58,10 @@ class KnownHead(nn.Module):
         """ids, weights (B, T, k) -> (B, T, D), the weighted sum of concept embeddings."""
         return weighted_sum(self.concept_embedding.weight, ids, weights)
 
+    def alignment(self, ids: Tensor, y: Tensor) -> Tensor:
+        """ids (n, k), y (n, D) -> (n, k): each concept's embedding . y."""
+        return torch.einsum("nkd,nd->nk", self.concept_embedding(ids), y)
+
 
 class UnknownHead(nn.Module):
     """Concepts without names, three times as many, so both tables are products of rank r."""
@@ -81,6 +85,10 @@ class UnknownHead(nn.Module):
     def features(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids, weights (B, T, k) -> (B, T, D): sum the r coefficients first, then one matmul."""
         return self.embedding_basis(weighted_sum(self.embedding_coef.weight, ids, weights))
+
+    def alignment(self, ids: Tensor, y: Tensor) -> Tensor:
+        """ids (n, k), y (n, D) -> (n, k): each concept's embedding . y, through r numbers."""
+        return torch.einsum("nkr,nr->nk", self.embedding_coef(ids), y @ self.embedding_basis.weight)
 
 
 def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],

@@ -1,30 +1,140 @@
-"""Attribution: contributions of concepts and epsilon add up to the logit."""
+"""Attribution: contributions of concepts and epsilon add up to the logit of the token committed."""
 
+import pytest
 import torch
 from conftest import close
 
-from steerling_min.attribution import contributions
+from steerling_min import load, unmask
+from steerling_min.attribution import (activations, attribute, attribute_text, chunk_attribution,
+                                       input_attribution, nearest, promoted)
+from steerling_min.steering import Steering
+
+PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
+
+
+def total(found):
+    return found.known.sum(1) + found.unknown.sum(1) + found.epsilon
+
+
+# ---- concepts -> token ---------------------------------------------------------------------------
 
 
 def test_contributions_and_epsilon_sum_to_the_logit(model, golden):
     tokens = golden["input_ids"].long()
     out = model(tokens)
-    at = tokens == model.config.mask_token_id
-    targets = torch.arange(int(at.sum())) % model.config.vocab_size
-    known, unknown, epsilon = contributions(model, out, at, targets)
-    assert known.shape[1] == 4 and unknown.shape[1] == 8, "one contribution per selected concept"
-    logits = out.logits[at].gather(1, targets[:, None])[:, 0]
-    close(known.sum(1) + unknown.sum(1) + epsilon, logits, "the logit is a sum of contributions")
+    targets = torch.arange(80) % model.config.vocab_size
+    found = attribute(model, out.hidden.flatten(0, 1), targets)
+    assert found.known.shape == (80, 4) and found.unknown.shape == (80, 8)
+    logits = out.logits.flatten(0, 1).gather(1, targets[:, None])[:, 0]
+    close(total(found), logits, "the logit is a sum of contributions")
 
 
 def test_a_contribution_is_weight_times_alignment(model, golden):
     out = model(golden["input_ids"].long()[:1])
-    at = torch.zeros(1, 40, dtype=torch.bool)
-    at[0, 7] = True
-    known, unknown, _ = contributions(model, out, at, torch.tensor([5]))
+    found = attribute(model, out.hidden[0, 7:8], torch.tensor([5]))
     y = model.transformer.tok_emb.weight[5]
     c, u = out.known_ids[0, 7, 2], out.unknown_ids[0, 7, 3]
+    assert found.known_ids[0, 2] == c and found.unknown_ids[0, 3] == u
     row = model.known_head.concept_embedding.weight[c]
-    close(known[0, 2], out.known_logits[0, 7, 2].sigmoid() * row @ y, "weight * alignment")
+    close(found.known[0, 2], out.known_logits[0, 7, 2].sigmoid() * row @ y, "weight * alignment")
     row = model.unknown_head.embedding_basis(model.unknown_head.embedding_coef.weight[u])
-    close(unknown[0, 3], out.unknown_logits[0, 7, 3].sigmoid() * row @ y, "the same, factorised")
+    close(found.unknown[0, 3], out.unknown_logits[0, 7, 3].sigmoid() * row @ y, "factorised")
+
+
+@pytest.mark.parametrize("epsilon", ["drop", "keep"])
+def test_interventions_count_as_they_did(model, golden, epsilon):
+    steering = Steering(known=((3, 1.5), (7, 0.0)), unknown=((5, 2.0),), epsilon=epsilon)
+    tokens = golden["input_ids"].long()[:1]
+    out = model(tokens, known={3: 1.5, 7: 0.0}, unknown={5: 2.0}, epsilon=epsilon)
+    targets = torch.arange(40)
+    found = attribute(model, out.hidden[0], targets, steering)
+    close(total(found), out.logits[0].gather(1, targets[:, None])[:, 0], "the edited logit")
+    assert (found.epsilon == 0).all() == (epsilon == "drop")
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_cache": False}, {"steps": 4}, {"steering": Steering.amplify(3)}, {"cfg_scale": 1.0},
+    {"steering": Steering(known=((3, 1.5),))}])
+def test_every_committed_token_is_explained_by_the_step_that_committed_it(model, options):
+    steps = list(unmask(model, PROMPT, 20, seed=1, **options))
+    for row in range(2):
+        positions, found = attribute_text(model, steps, row, options.get("steering"))
+        assert positions.tolist() == list(range(8, 28)), "in the order of the text"
+        assert found.tokens.tolist() == steps[-1].tokens[row, 8:].tolist()
+    if "cfg_scale" in options or "steering" in options:
+        return
+    # the first commit of row 0 once more, from the sequence as it stood: prompt and masks
+    first = steps[0].positions[0][0].item()
+    masks = torch.full((1, 20), model.config.mask_token_id)
+    out = model(torch.cat([torch.tensor(PROMPT[:1]), masks], dim=1))
+    _, found = attribute_text(model, steps)
+    at = first - 8
+    close(total(found)[at], out.logits[0, first, found.tokens[at]],
+          "the state at the step of the commit, not that of the finished text")
+
+
+def test_shares_are_parts_of_one(model, golden):
+    out = model(golden["input_ids"].long()[:1])
+    found = attribute(model, out.hidden[0], torch.arange(40))
+    close(found.shares().sum(1), torch.ones(40), "known + unknown + epsilon")
+    mass = found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs()
+    close(found.shares()[:, 2], found.epsilon.abs() / mass, "absolute mass, so nothing cancels")
+    assert torch.equal(found[3:5].tokens, torch.tensor([3, 4]))
+
+
+def test_a_chunks_attribution_averages_relative_contributions(model, golden):
+    out = model(golden["input_ids"].long()[:1])
+    found = attribute(model, out.hidden[0, :6], torch.arange(6))
+    chunk, mass = chunk_attribution(found), found.mass().sum(1)
+    for concept in set(found.known_ids.flatten().tolist()):
+        expected = sum((found.known[i][found.known_ids[i] == concept].sum() / mass[i]).item()
+                       for i in range(6)) / 6
+        assert chunk[concept] == pytest.approx(expected, abs=1e-6)
+    sizes = [abs(share) for share in chunk.values()]
+    assert sizes == sorted(sizes, reverse=True), "the most important first"
+
+
+# ---- input tokens -> token -----------------------------------------------------------------------
+
+
+def test_integrated_gradients_are_complete_and_masks_get_nothing():
+    """On the bundled model: the attributions add up to logit(input) - logit(all masks)."""
+    model, tokenizer = load()
+    mask = model.config.mask_token_id
+    text = [tokenizer.bos_token_id, *tokenizer.encode("The old sailor Mara lived near the harbour")]
+    tokens = torch.tensor(text + [mask] * 4)
+    target = tokenizer.encode(" with")[0]
+    found = input_attribution(model, tokens, len(text), target)
+    logit = model(tokens[None]).logits[0, len(text), target]
+    blind = model(torch.full_like(tokens, mask)[None]).logits[0, len(text), target]
+    assert abs(found.sum() - (logit - blind)) <= 0.01 * abs(logit - blind), "within 1 %"
+    assert (found[tokens == mask] == 0).all(), "exactly 0 at masks"
+    assert (found[: len(text)] != 0).all()
+
+
+def test_later_blocks_have_no_part_in_a_token(model):
+    tokens = torch.tensor(PROMPT[0] + PROMPT[1])
+    found = input_attribution(model, tokens, 3, 5, steps=4)
+    assert (found[8:] == 0).all() and (found[:8] != 0).all(), "attention is block-causal"
+
+
+# ---- what a concept does -------------------------------------------------------------------------
+
+
+def test_a_concept_promotes_the_tokens_that_its_embedding_points_to(model):
+    top, bottom = promoted(model, 3, 4)
+    alignment = model.transformer.tok_emb.weight @ model.known_head.concept_embedding.weight[3]
+    assert top.tolist() == alignment.argsort(descending=True)[:4].tolist()
+    assert bottom.tolist() == alignment.argsort()[:4].tolist()
+
+
+def test_the_nearest_concepts_exclude_itself_and_padding(model):
+    ids, cosine = nearest(model, 3, 100)
+    assert len(ids) == model.config.n_concepts - 1 and 3 not in ids.tolist()
+    assert (cosine[:-1] >= cosine[1:]).all() and cosine.abs().max() <= 1
+
+
+def test_activations_are_the_known_heads_probabilities(model, golden):
+    tokens = golden["input_ids"].long()
+    found = activations(model, tokens, 3)
+    close(found, model.known_head.logits(golden["hidden"])[..., 3].sigmoid(), "sigmoid(logit)")

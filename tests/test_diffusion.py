@@ -263,17 +263,17 @@ def test_the_cache_is_exact(model, mode, L):
 @pytest.mark.parametrize("L", [3, 8])
 def test_the_cached_way_gives_the_plain_logits_and_computes_two_blocks(model, L, monkeypatch):
     computed, errors = [], []
-    inner = diffusion.cached_logits
+    inner, lm_head = diffusion.cached_hidden, model.transformer.lm_head
 
-    def both(model, tokens, masked, injections, compose, cache):
-        plain = diffusion.plain_logits(model, tokens, masked, injections, compose)
+    def both(model, tokens, masked, injections, cache):
+        plain = diffusion.plain_hidden(model, tokens, masked, injections)
         hook = model.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True)
-        fast = inner(model, tokens, masked, injections, compose, cache)
+        fast = inner(model, tokens, masked, injections, cache)
         hook.remove()
-        errors.append((fast - plain).abs().max().item())
+        errors.append((lm_head(fast) - lm_head(plain)).abs().max().item())
         return fast
-    monkeypatch.setattr(diffusion, "cached_logits", both)
+    monkeypatch.setattr(diffusion, "cached_hidden", both)
     generate(model, torch.tensor(PROMPT)[:, :L], 60, seed=1)
     assert max(errors) <= 1e-5, f"step {errors.index(max(errors))} departs by {max(errors):.2e}"
     S = model.config.diff_block_size
@@ -353,12 +353,12 @@ def test_the_same_seed_writes_the_same_text_and_another_does_not(model):
 
 def scripted_run(model, wishes, new, **options):
     """A run in which position i wants token `wishes[i][0]`, `wishes[i][1]` surely."""
-    def logits(model, tokens, masked, injections, compose):
+    def logits(model, tokens, masked, *_):
         logits = torch.zeros(*tokens.shape, model.config.vocab_size)
         for position, (token, sureness) in wishes.items():
             logits[:, position, token] = sureness
-        return logits[masked]
-    with mock.patch.object(diffusion, "plain_logits", logits):
+        return logits[masked], torch.zeros(int(masked.sum()), model.config.n_embd)
+    with mock.patch.object(diffusion, "masked_logits", logits):
         return list(unmask(model, [[1, 2]], new, use_cache=False, temperature=0.0,
                            entropy_sampling=False, **options))
 
