@@ -55,6 +55,24 @@ class Steerling(nn.Module):
         return Output(**vars(parts), hidden=hidden,
                       logits=self.transformer.lm_head(parts.composed))
 
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, kind: str = "composed", pooling: str = "mean") -> Tensor:
+        """Embed texts: tokens (B, T) int64 -> (B, D), or (B, T, D) with pooling "none".
+
+        kind: which state, "hidden", "composed", "known" or "unknown". pooling: "mean" over the
+        tokens, the "last" or the "first" token, or "none". Raises ValueError for another word.
+        """
+        pools = {"mean": lambda x: x.mean(1), "last": lambda x: x[:, -1],
+                 "first": lambda x: x[:, 0], "none": lambda x: x}
+        for name, value, supported in (("kind", kind, ("hidden", "composed", "known", "unknown")),
+                                       ("pooling", pooling, tuple(pools))):
+            if value not in supported:
+                raise ValueError(f"{name} = {value!r} is not supported; supported: "
+                                 + ", ".join(supported))
+        if tokens.shape[1] == 0:
+            raise ValueError("there are no tokens to embed")
+        return pools[pooling](getattr(self(tokens), kind))
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> "Steerling":

@@ -8,6 +8,7 @@ token; any other is cut into bytes, of which the pair of lowest rank is merged f
 import base64
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import tiktoken
@@ -104,6 +105,22 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. What looks like a special token in it is ordinary text."""
         return self.encoding.encode_ordinary(text)
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """The instruct model's template: (role, content) pairs, then the assistant's turn begins.
+
+        <|start_header_id|> role <|end_header_id|> two newlines, content, <|endofchunk|> <|eot_id|>
+        for each message. Raises ValueError for a tokenizer without these tokens.
+        """
+        if not hasattr(self, "eot_id"):
+            raise ValueError("a chat needs an instruct model; this one has no <|eot_id|>")
+        ids = []
+        for role, content in [*messages, ("assistant", None)]:
+            ids += [self.start_header_id, *self.encode(role), self.end_header_id,
+                    *self.encode("\n\n")]
+            if content is not None:
+                ids += [*self.encode(content), self.endofchunk_token_id, self.eot_id]
+        return ids
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
         """The text of token ids; special tokens are left out unless `specials` asks for them.

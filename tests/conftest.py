@@ -16,7 +16,7 @@ CONFIG = Config(n_layers=1, n_head=4, n_kv_heads=2, n_embd=32, block_size=64, di
                 unknown_topk=2, factorize_rank=4, vocab_size=20, eos_token_id=15, pad_token_id=16,
                 bos_token_id=17, endofchunk_token_id=18, mask_token_id=19)
 
-TEXT = " ".join(map("".join, product("abcd", repeat=4)))  # aaaa aaab aaac ...: enough to merge
+TEXT = " ".join(map("".join, product("abcd", repeat=4)))  # aaaa aaab aaac ...: 256 words
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
 
@@ -44,6 +44,6 @@ def tiny_folder(tmp_path_factory) -> Path:
     """A checkpoint of the tiny configuration: random weights, and a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.manual_seed(0)
-    Steerling(Config.tiny()).save_pretrained(folder)
-    Tokenizer.train(TEXT, Config.tiny().vocab_size).save(folder / "tokenizer.tiktoken")
+    Steerling(Config.tiny(vocab_size=512)).save_pretrained(folder)
+    Tokenizer.train(TEXT, 512).save(folder / "tokenizer.tiktoken")
     return folder

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, close
 
 from steerling_min import Steerling
 
@@ -91,6 +91,30 @@ def test_departure_an_edit_keeps_topk_known_features_concepts(model, golden):
     out = run(other, golden["input_ids"], known={3: 1.5, 7: 0.0})
     assert out.known_ids.shape[-1] == 4, "the official package would switch to topk_known here"
     check(out.known, golden["int_known.known_features"], "known, edited")
+
+
+@pytest.mark.parametrize("kind", ["hidden", "composed", "known", "unknown"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+def test_parity_of_embeddings(model, golden, kind, pooling):
+    tokens = golden["emb.input_ids"].long()[None]
+    close(model.embed(tokens, kind, pooling)[0], golden[f"emb.{kind}.{pooling}"], "pooled states")
+
+
+def test_an_embedding_may_stay_unpooled(model, golden):
+    tokens = golden["emb.input_ids"].long()[None]
+    states = model.embed(tokens, "known", "none")
+    assert states.shape == (1, 13, model.config.n_embd)
+    close(states.mean(1), model.embed(tokens, "known"), "the mean over tokens is the default")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("epsilon",), "kind = 'epsilon' is not supported; supported: hidden"),
+    (("known", "max"), "pooling = 'max' is not supported; supported: mean, last, first, none")])
+def test_another_kind_or_pooling_is_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model.embed(torch.zeros(1, 3, dtype=torch.int64), *arguments)
+    with pytest.raises(ValueError, match="no tokens to embed"):
+        model.embed(torch.zeros(1, 0, dtype=torch.int64))
 
 
 def test_parity_of_injection(model, golden):

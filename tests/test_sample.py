@@ -155,7 +155,7 @@ def test_chunks_stand_on_lines_of_their_own_up_to_the_end_of_the_text(tiny_folde
 
 
 def a_step(tokens, unwritten=0):
-    return Step(tokens, (), (), (), torch.tensor([unwritten]))
+    return Step(tokens, (), (), (), (), torch.tensor([unwritten]))
 
 
 def test_a_text_that_ended_early_says_how_much_was_left_unwritten(run, tiny_folder, monkeypatch):

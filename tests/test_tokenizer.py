@@ -98,6 +98,19 @@ def test_an_unpaired_surrogate_is_replaced_not_fatal(tiny):
     assert tiny.decode(tiny.encode("a\udcffb")) == "a\ufffdb"
 
 
+def test_a_chat_follows_the_template_and_ends_where_the_answer_begins(tiny):
+    ranks = tiny.encoding._mergeable_ranks
+    instruct = Tokenizer.from_ranks(ranks, instruct=True)
+    ids = instruct.encode_chat([("system", "Be kind."), ("user", "Hi <|eot_id|>")])
+    assert instruct.decode(ids, specials=True) == (
+        "<|start_header_id|>system<|end_header_id|>\n\nBe kind.<|endofchunk|><|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi <|eot_id|><|endofchunk|><|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert ids.count(instruct.eot_id) == 2, "text that looks like a special token is text"
+    with pytest.raises(ValueError, match="a chat needs an instruct model"):
+        tiny.encode_chat([("user", "Hi")])
+
+
 def test_special_tokens_are_left_out_unless_asked_for(tiny):
     a, b = tiny.encode("ab"), tiny.encode("cd")
     ids = [tiny.bos_token_id, *a, tiny.endofchunk_token_id, *b, tiny.mask_token_id,
@@ -117,22 +130,25 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny, wrong):
 
 
 @pytest.mark.parametrize("size", [261, 300, 512])
-def test_training_gives_exactly_the_size_asked_for(size):
+def test_training_gives_exactly_the_size_asked_for_where_there_are_words_enough(size):
     tokenizer = Tokenizer.train(TEXT, size)
     assert tokenizer.vocab_size == size
     assert sorted(tokenizer.special_ids) == list(range(size - 5, size)), "the five specials last"
     pieces = [tokenizer.encoding.decode_single_token_bytes(i) for i in range(size - 5)]
     assert len(set(pieces)) == size - 5, "every id has a piece of text of its own"
+    assert Tokenizer.train("one two one", 512).vocab_size == 256 + 3 + 5, "'one', ' two', ' one'"
 
 
 def test_the_tiny_models_ids_are_its_configs(tiny):
-    for name, i in Config.tiny().token_ids.items():
+    for name, i in Config.tiny(vocab_size=512).token_ids.items():
         assert getattr(tiny, name) == i, name
 
 
-def test_what_was_seen_often_becomes_one_token(tiny):
-    assert len(tiny.encode(" ab")) < 3, "merged"
+def test_the_most_frequent_words_become_one_token(tiny):
+    assert len(tiny.encode(" abcd aaaa")) == 2, "a word takes the space before it along"
     assert len(tiny.encode("zq")) == 2, "never seen: a token per byte"
+    two = Tokenizer.train("rare often often", 256 + 1 + 5)  # room for one word
+    assert len(two.encode("rare often")) == 4 + 1, "the rare one is spelt out"
     assert len(tiny.encode("é")) == 2, "outside ASCII: a token per byte of UTF-8"
 
 
