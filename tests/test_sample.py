@@ -159,7 +159,7 @@ def a_step(tokens, unwritten=0):
 
 
 def test_a_text_that_ended_early_says_how_much_was_left_unwritten(run, tiny_folder, monkeypatch):
-    tokens = torch.tensor([[97, 98, 99, *[Config.tiny().mask_token_id] * 3]])
+    tokens = torch.tensor([[97, 98, 99, *[Config.tiny(512).mask_token_id] * 3]])
     monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([a_step(tokens, 3)]))
     out = run("--seed", 0).out
     assert "\nabc\n---\nended early: 3 of 8 positions were left unwritten\n5 tokens in 1" in out
