@@ -1,19 +1,29 @@
 """Write text with a Steerling checkpoint: the bundled tiny model, or the full 8B from a folder.
 
     python sample.py --prompt "The old sailor"
+    python sample.py --prompt "The old sailor" --steer space=8 --steer sad=-7
+    python sample.py --prompt "The old sailor" --explain
+    python sample.py --find sea
     python sample.py --model guidelabs/steerling-8b --prompt "Light travels" --max-new-tokens 256
     echo "The old sailor" | python sample.py --temperature 0
 """
 
 import argparse
+import json
+import math
 import random
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from steerling_min import Steerling, Tokenizer, load, unmask
+from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
+from steerling_min.attribution import promoted
+from steerling_min.checkpoint import find_checkpoint
 from steerling_min.cli import Parser
+from steerling_min.explain import explain, print_explanation
+from steerling_min.labels import Labels, labels_beside, load_labels
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,6 +47,18 @@ def parse_args() -> argparse.Namespace:
                    help="count windows from the prompt's end, not by attention blocks")
     p.add_argument("--num-samples", type=int, default=1, metavar="N",
                    help="texts to write; the second is what --seed SEED+1 alone would give")
+    p.add_argument("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
+                   help="by name or number, several times; above 0: bring it out, so many logits "
+                   "strong (8 is usual); below 0: keep it out (-7)")
+    p.add_argument("--explain", action="store_true", help="what each token is due to")
+    p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
+    p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
+    p.add_argument("--score", action="append", metavar="TEXT", help="write nothing; the "
+                   "log-likelihood of TEXT after the prompt, in nats; several times to compare")
+    p.add_argument("--chat", action="store_true",
+                   help="the prompt is a message to an instruct model")
+    p.add_argument("--labels", type=Path, metavar="FILE", help="names of the concepts, .csv or "
+                   ".parquet (default: concept_labels beside the checkpoint)")
     p.add_argument("--seed", type=int, help="of the draws (default: a random one, printed)")
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
@@ -44,7 +66,12 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    if args.prompt is None:
+    for flag, others in (("find", ("prompt", "score", "steer", "explain", "json", "chat")),
+                         ("score", ("steer", "explain", "json"))):
+        for other in others:
+            if getattr(args, flag) and getattr(args, other):
+                p.error(f"--{flag} writes no text, and --{other} is about one: give one of them")
+    if args.prompt is None and args.find is None:
         if sys.stdin is None or sys.stdin.isatty():
             p.error("no prompt: give --prompt TEXT, or pipe one in")
         try:
@@ -54,6 +81,48 @@ def parse_args() -> argparse.Namespace:
     if args.seed is None:
         args.seed = random.randrange(2**31)
     return args
+
+
+def steering_of(flags: list[str], labels: Labels) -> Steering | None:
+    """CONCEPT=STRENGTH flags, combined: amplified above 0, unlearned below."""
+    steering, seen = None, set()
+    for flag in flags:
+        name, _, number = flag.rpartition("=")
+        try:
+            strength = float(number)
+        except ValueError:
+            strength = math.nan
+        if not name or not math.isfinite(strength):
+            raise ValueError(f"--steer {flag}: expected CONCEPT=STRENGTH, as in sea=8 or 12=-7")
+        concept = labels.resolve(name)
+        if concept in seen:
+            raise ValueError(f"--steer {flag}: this concept has a strength already")
+        seen.add(concept)
+        one = (Steering.amplify(concept, strength) if strength >= 0
+               else Steering.unlearn(concept, strength=strength))
+        steering = one if steering is None else steering + one
+    return steering
+
+
+def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str) -> None:
+    """Print the concepts whose labels have the words of a query, and the tokens they promote."""
+    hits = labels.find(query)
+    if not hits:
+        raise ValueError(f"--find {query}: no label has these words; {len(labels.by_id)} of "
+                         f"{labels.n_concepts} concepts have a label")
+    for label in hits:
+        tokens, _ = promoted(model, label.id, 8)
+        words = ", ".join(repr(tokenizer.decode([t], specials=True)) for t in tokens.tolist())
+        about = ": ".join(part for part in (label.group, label.description) if part)
+        print(f"{label.id:>6}  {label.name} ({about}) promotes {words}")
+
+
+def score(model: Steerling, tokenizer: Tokenizer, prompt: list[int], texts: list[str]) -> None:
+    """Print how likely each text is after the prompt."""
+    for text in texts:
+        ids = tokenizer.encode(text)
+        nats = log_likelihood(model, prompt, ids)
+        print(f"{nats:9.3f} nats, {nats / len(ids):7.3f} per token of {len(ids)}: {text!r}")
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int], cut_at: list[int]) -> str:
@@ -81,35 +150,51 @@ def peak_memory(device: torch.device) -> str:
     return f"{peak / 1e9:.2f} GB peak memory"
 
 
-def write(model: Steerling, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Generate, then print each text and one closing line of figures."""
+def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[int],
+          args: argparse.Namespace) -> None:
+    """Generate, then print each text and one closing line of figures, or all of it as JSON."""
     device = model.transformer.tok_emb.weight.device
-    prompt = tokenizer.encode(args.prompt)
     new = args.max_new_tokens
     if new is None:
         new = min(128, model.config.block_size - len(prompt))
+    steering = steering_of(args.steer, labels)
     began = time.perf_counter()
-    steps = 0
+    steps = []
     for step in unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
                        temperature=args.temperature or 0.0, top_p=args.top_p,
                        entropy_sampling=args.temperature is None,
                        confidence_threshold=args.threshold, order=args.order,
-                       align=args.order == "window" and not args.no_align, seed=args.seed):
-        steps, last = steps + 1, step
+                       align=args.order == "window" and not args.no_align, seed=args.seed,
+                       steering=steering):
+        steps.append(step)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - began
+    seconds, last = time.perf_counter() - began, steps[-1]
 
     cut_at = [tokenizer.eos_token_id] + [tokenizer.mask_token_id] * (args.order == "global")
-    for row, unwritten in zip(last.tokens.tolist(), last.unwritten.tolist()):
-        print(text_of(tokenizer, row, cut_at))
+    explained = []
+    if args.explain or args.json:
+        explained = [explain(model, tokenizer, labels, steps, row, steering)
+                     for row in range(args.num_samples)]
+    texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
+    if args.json:
+        samples = [{"text": text, **about} for text, about in zip(texts, explained)]
+        print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
+                          "samples": samples}, ensure_ascii=False))
+        return
+    for row, (text, unwritten) in enumerate(zip(texts, last.unwritten.tolist())):
+        print(text)
         print("---")
         if unwritten:
             print(f"ended early: {unwritten} of {new} positions were left unwritten")
+        if args.explain:
+            print_explanation(explained[row])
     written = new * args.num_samples - int(last.unwritten.sum())
-    read = steps * sum(p.numel() * p.element_size() for p in model.transformer.parameters())
-    print(f"{written} tokens in {steps} steps, {seconds:.2f} s: {written / seconds:.1f} tok/s, "
-          f"{read / seconds / 1e9:.1f} GB/s of weights read, {peak_memory(device)}")
+    weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
+    read = len(steps) * weights
+    print(f"{written} tokens in {len(steps)} steps, {seconds:.2f} s: "
+          f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
+          f"{peak_memory(device)}")
 
 
 def main() -> None:
@@ -119,14 +204,26 @@ def main() -> None:
     try:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         model, tokenizer = load(args.model, args.device, dtype)
+        n_concepts = model.config.n_concepts
+        labels = (load_labels(args.labels, n_concepts) if args.labels
+                  else labels_beside(find_checkpoint(args.model), n_concepts))
+        if args.find is not None:
+            find(model, tokenizer, labels, args.find)
+            return
+        prompt = (tokenizer.encode_chat([("user", args.prompt)]) if args.chat
+                  else tokenizer.encode(args.prompt))
+        if args.score:
+            score(model, tokenizer, prompt, args.score)
+            return
         weight = model.transformer.tok_emb.weight
         size = sum(p.numel() for p in model.parameters())
         print(f"model {args.model or 'tiny (bundled)'}: {size:,} parameters, "
               f"{str(weight.dtype).removeprefix('torch.')}, on {weight.device}; seed {args.seed}; "
               + ("entropy sampling" if args.temperature is None
-                 else f"temperature {args.temperature:g}"))
-        write(model, tokenizer, args)
-    except (ValueError, OSError) as error:
+                 else f"temperature {args.temperature:g}"),
+              file=sys.stderr if args.json else sys.stdout)
+        write(model, tokenizer, labels, prompt, args)
+    except (ValueError, OSError, ImportError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:

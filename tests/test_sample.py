@@ -1,6 +1,8 @@
 """sample.py as a user runs it: text, one line of figures, and one line when something is wrong."""
 
+import dataclasses
 import io
+import json
 import os
 import re
 import shutil
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 import sample
-from steerling_min import Config, Tokenizer, load
+from steerling_min import Config, Steerling, Tokenizer, load
 from steerling_min.checkpoint import TINY
 from steerling_min.diffusion import Step
 
@@ -146,6 +148,58 @@ def test_without_a_folder_the_bundled_model_writes(run):
 # ---- tokens as text ------------------------------------------------------------------------------
 
 
+def test_steering_by_name_or_number_changes_the_text(run):
+    plain = run("--seed", 1, model=None, new=40).out
+    by_name = run("--seed", 1, "--steer", "Space=8", model=None, new=40).out
+    by_number = run("--seed", 1, "--steer", "3=8", model=None, new=40).out
+    assert parts(by_name)[1] == parts(by_number)[1] != parts(plain)[1]
+    both = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", model=None, new=40).out
+    assert parts(both)[1] != parts(by_name)[1], "strengths below 0 keep a concept out"
+
+
+def test_every_token_is_explained(run):
+    out = run("--seed", 1, "--explain", model=None, new=6).out
+    rows = re.findall(r"^ +(\d+) +\d+%  '.+?' +-?[\d.]+  \w+ [+-][\d.]+, ", out, re.M)
+    assert sorted(map(int, rows)) == list(range(6)), "six tokens, each with the step it came in"
+    shares = re.search(r"known ([\d.]+)%, unknown ([\d.]+)%, epsilon ([\d.]+)%", out)
+    assert sum(map(float, shares.groups())) == pytest.approx(100, abs=0.2)
+
+
+def test_the_same_as_json_for_programs(run):
+    result = run("--seed", 1, "--explain", "--json", "--num-samples", 2, model=None, new=6)
+    found = json.loads(result.out)
+    assert found["seed"] == 1 and len(found["samples"]) == 2
+    for text in found["samples"]:
+        written = "".join(token["text"] for token in text["tokens"])
+        assert written.replace("<|endofchunk|>", "\n") in text["text"]
+        assert sorted(token["step"] for token in text["tokens"]) == list(range(6))
+        assert sum(text["shares"].values()) == pytest.approx(1, abs=1e-5)
+        concept = text["tokens"][0]["concepts"][0]
+        assert concept.keys() == {"id", "name", "contribution"}
+
+
+def test_concepts_are_found_with_the_tokens_they_promote(run):
+    out = run("--find", "mood afraid", stdin=Terminal(), model=None, new=None).out
+    assert re.fullmatch(r" +9  afraid \(mood: .+\) promotes ('.+', ){7}'.+'\n", out)
+
+
+def test_continuations_are_scored(run):
+    out = run("--score", " sailor lived", "--score", " lived sailor", "--prompt", "The old",
+              model=None, new=None).out
+    nats = [float(line.split()[0]) for line in out.splitlines()]
+    assert len(nats) == 2 and nats[0] > nats[1] and "per token of 2: ' sailor lived'" in out
+
+
+def test_a_chat_is_put_into_the_template(run, tiny_folder, tmp_path):
+    tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.tiktoken", instruct=True)
+    config = dataclasses.replace(
+        Config.tiny(512), vocab_size=515, start_header_id=512, end_header_id=513, eot_id=514)
+    Steerling(config).save_pretrained(tmp_path)
+    tokenizer.save(tmp_path / "tokenizer.tiktoken")
+    out = run("--chat", "--seed", 1, model=tmp_path).out
+    assert "user\n\nabcd ab\nassistant\n\n" in out
+
+
 def test_chunks_stand_on_lines_of_their_own_up_to_the_end_of_the_text(tiny_folder):
     tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.tiktoken")
     a, b = tokenizer.encode("ab"), tokenizer.encode("cd")
@@ -196,6 +250,17 @@ def refusal(result) -> str:
     (["--model", "no/such/folder"], "no checkpoint folder at no/such/folder"),
     (["--model", sample.__file__], "no checkpoint folder at"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
+    (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
+    (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
+    (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
+    (["--steer", "sea=3"], "no concept is called 'sea'"),
+    (["--steer", "3=3", "--steer", "3=-4"], "this concept has a strength already"),
+    (["--find", "sea"], "--find writes no text, and --prompt is about one"),
+    (["--score", "a", "--explain"], "--score writes no text, and --explain is about one"),
+    (["--score", ""], "the continuation is empty"),
+    (["--chat"], "a chat needs an instruct model"),
+    (["--labels", "no/labels.csv"], "No such file or directory: 'no/labels.csv'"),
 ], ids=lambda x: " ".join(map(str, x))[:30] if isinstance(x, list) else "")
 def test_a_wrong_argument_is_one_line(run, options, message):
     assert message in refusal(run(*options))
@@ -234,7 +299,7 @@ def test_a_damaged_folder_is_one_line(run, tiny_folder, tmp_path, name, damage, 
 
 
 def raising(error):
-    def write(model, tokenizer, args):
+    def write(*args):
         raise error
     return write
 
