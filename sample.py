@@ -24,6 +24,7 @@ from steerling_min.checkpoint import find_checkpoint
 from steerling_min.cli import Parser
 from steerling_min.explain import explain, print_explanation
 from steerling_min.labels import Labels, labels_beside, load_labels
+from steerling_min.watch import watch
 
 
 def parse_args() -> argparse.Namespace:
@@ -50,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
                    help="by name or number, several times; above 0: bring it out, so many logits "
                    "strong (8 is usual); below 0: keep it out (-7)")
+    p.add_argument("--watch", action="store_true", help="see the text being unmasked")
     p.add_argument("--explain", action="store_true", help="what each token is due to")
     p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
     p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
@@ -66,8 +68,8 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    for flag, others in (("find", ("prompt", "score", "steer", "explain", "json", "chat")),
-                         ("score", ("steer", "explain", "json"))):
+    for flag, others in (("find", ("prompt", "score", "steer", "explain", "json", "chat", "watch")),
+                         ("score", ("steer", "explain", "json", "watch")), ("json", ("watch",))):
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 p.error(f"--{flag} writes no text, and --{other} is about one: give one of them")
@@ -159,14 +161,19 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         new = min(128, model.config.block_size - len(prompt))
     steering = steering_of(args.steer, labels)
     began = time.perf_counter()
+    run = unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
+                 temperature=args.temperature or 0.0, top_p=args.top_p,
+                 entropy_sampling=args.temperature is None, confidence_threshold=args.threshold,
+                 order=args.order, align=args.order == "window" and not args.no_align,
+                 seed=args.seed, steering=steering)
     steps = []
-    for step in unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
-                       temperature=args.temperature or 0.0, top_p=args.top_p,
-                       entropy_sampling=args.temperature is None,
-                       confidence_threshold=args.threshold, order=args.order,
-                       align=args.order == "window" and not args.no_align, seed=args.seed,
-                       steering=steering):
-        steps.append(step)
+    try:
+        for step in watch(run, tokenizer, prompt, new) if args.watch else run:
+            steps.append(step)
+    except KeyboardInterrupt:
+        for row in steps[-1].tokens.tolist() if steps else []:
+            print("\n" + text_of(tokenizer, row, []))
+        raise
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds, last = time.perf_counter() - began, steps[-1]

@@ -29,19 +29,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from steerling_min import Config, Steerling
 from steerling_min.cli import Parser
 from steerling_min.curve import save_png, text_curve
-from steerling_min.data import Batch, Stories, Texts, count_tokens, cut
+from steerling_min.data import Stories, Texts, count_tokens, cut
 from steerling_min.diffusion import corrupt, noise_levels
 from steerling_min.distributed import RANK, WORLD, agreed
 from steerling_min.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.labels import write_labels
 from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
-from steerling_min.objective import PARTS, Objective, injections
+from steerling_min.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
 
@@ -90,11 +90,11 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
 
 
 def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: float,
-              args: Namespace) -> tuple:
-    """Everything random in a step: the arguments of Objective, for this process's windows.
+              args: Namespace) -> Draws:
+    """Everything random in a step, for this process's windows.
 
-    Each process draws for all windows and takes every WORLD-th. All draws follow from the seed and
-    the step, so that a run can go on from any step.
+    Each process draws for all windows and takes every WORLD-th. All draws follow from seed, step
+    and progress, so that a run can go on from any step.
     """
     generator = torch.Generator()
     generator.manual_seed(random.Random(f"noise {args.seed} {step}").getrandbits(63))
@@ -107,11 +107,12 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     # of the windows from the start: held-out loss 3.74 after 250 steps, not 3.38). So it grows.
     dropout = 0.0 if "dropout" in args.without else DROPOUT * progress
     dropped = torch.rand(B, generator=generator) < dropout
-    concept, where = injections(batch, generator)
+    concept, where = draw_injections(batch, generator)
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
-    return (cut(stream, starts[mine], T), noisy[mine], masked[mine], t[mine], dropped[mine],
-            progress, concept[mine], (where & masked)[mine] if steering else None)
+    share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
+    return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], concept[mine],
+                 (where & masked)[mine] if steering else None)
 
 
 def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
@@ -120,9 +121,9 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     Every schedule follows `progress`, from 0 to 1.
     """
     config, device = model.config, model.transformer.tok_emb.weight.device
-    same = ("steps", "minutes", "batch", "lr", "seed", "without")  # or a resumed run would differ
+    must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
     settings = {"config": config.to_dict(), "text": [str(file) for file in args.text or []],
-                **{name: getattr(args, name) for name in same}}
+                **{name: getattr(args, name) for name in must_match}}
     optimizer = make_optimizer(model)
     step, elapsed, history = 0, 0.0, []
     if args.resume:
@@ -139,11 +140,9 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     before = elapsed
 
     while (progress := max(step / args.steps, agreed(elapsed, device) / (60 * args.minutes))) < 1:
-        batch, *draws = draw_step(corpus, config, step, progress, args)
-        batch = Batch(*(x.to(device) for x in batch))
-        draws = [x.to(device) if isinstance(x, Tensor) else x for x in draws]
+        draws = draw_step(corpus, config, step, progress, args).to(device)
         with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
-            losses = objective(batch, *draws)
+            losses = objective(draws, progress)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -177,22 +176,13 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     return history
 
 
-def print_line(step: int, losses: dict, when: str, end: str) -> None:
-    """Step, losses, speed and time left; with end "\\r" the next line is printed over it."""
-    line = f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    line = f"{line}; {when}"
-    if end == "\r":  # a line that wraps could not be overwritten
-        line = line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-    print(line, end=end, flush=True)
-
-
 def main() -> None:
     p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
     p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; less if larger")
+    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; larger models want less")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
     p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
@@ -266,6 +256,15 @@ def run(args: Namespace) -> None:
         print(f"saved to {args.out}")
     if WORLD > 1:
         dist.destroy_process_group()
+
+
+def print_line(step: int, losses: dict, when: str, end: str) -> None:
+    """Step, losses, speed and time left; with end "\\r" the next line is printed over it."""
+    line = f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    line = f"{line}; {when}"
+    if end == "\r":  # a line that wraps could not be overwritten
+        line = line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+    print(line, end=end, flush=True)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,11 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
 
     Block by block, as text is written: earlier blocks are clean, and later ones cannot be seen. Of
     the n tokens asked about in a block, m ~ U{1 .. n} are masked, chosen at random; n/m times the
-    sum of their cross-entropies bounds, on average, the block's negative log-likelihood. This is
-    the "1/t" bound with t drawn and then the masks counted (LLaDA, arXiv 2502.09992, equation 6),
-    with less variance. The m of a block's samples are spread evenly over 1 .. n.
+    sum of their cross-entropies is, on average, the mean surprise over all orders of writing the n
+    tokens one by one. By Jensen's inequality that is at least -log of the mean probability over
+    orders. (Orders at random: the sampler's surest-first is another distribution.) It is the "1/t"
+    bound with the masks counted instead of t drawn (LLaDA, arXiv 2502.09992, equation 6), at less
+    variance. The m of a block's samples are spread evenly over 1 .. n.
 
     Args: tokens (B, T) without masks; 0 <= start < T; samples, the Monte-Carlo draws per block;
     generator on the CPU. Raises ValueError for a start outside.

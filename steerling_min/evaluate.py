@@ -41,7 +41,7 @@ MEASURES = {  # what is measured: its target
     "topic amplified, neutral prompt": "≥ 90 %",
     "... sentences in the grammar": "≥ 90 %",
     "topic amplified, other topic before": "≥ 85 %",
-    "...  sentences in the grammar": "≥ 80 %",
+    "... sentences in the grammar, after the other topic": "≥ 80 %",
     "topic not amplified, either prompt": "about 12 %",
     "topic unlearned, same topic before": "≤ 5 %",
 }
@@ -124,28 +124,31 @@ def likelihood(model: Steerling, tokenizer: Tokenizer, n: int, device: torch.dev
     of -log p over n stories alone would be off by more than the model's loss.
     """
     rng, generator = random.Random(HELD_OUT), torch.Generator().manual_seed(0)
-    lost, nats, count = [], [], 0
+    lost, bounds, n_tokens = [], [], 0
     for _ in range(n):
         story = world.write_story(rng)
         tokens = torch.tensor([tokens_of(story, tokenizer)], device=device)
-        m = tokens.shape[1] - 1
-        bound = likelihood_bound(model, tokens, 1, 8, generator).item() * m
+        new = tokens.shape[1] - 1  # all but <|bos|>
+        bound = likelihood_bound(model, tokens, 1, 8, generator).item() * new
         lost.append(bound + story.log_prob)
-        nats.append(bound)
-        count += m
+        bounds.append(bound)
+        n_tokens += new
     return {"likelihood bound / entropy": 1 + fmean(lost) / world.entropy(),
-            "bound, nats per token": sum(nats) / count}
+            "bound, nats per token": sum(bounds) / n_tokens}
 
 
 # ---- concepts ------------------------------------------------------------------------------------
 
 
 def auc(scores: Tensor, labels: Tensor) -> float:
-    """The chance that a random positive scores above a random negative (ties count half), (n,)."""
-    ranks = scores.double().argsort().argsort().double()  # ties are rare: broken by order
-    positives = int(labels.sum())
-    wins = ranks[labels].sum() - positives * (positives - 1) / 2
-    return (wins / (positives * (len(labels) - positives))).item()
+    """The chance that a random positive scores above a random negative; ties count half.
+
+    scores (n,), labels (n,) bool, with at least one of each.
+    """
+    positives, negatives = scores[labels], scores[~labels].sort().values
+    below = torch.searchsorted(negatives, positives)               # negatives that score less
+    not_above = torch.searchsorted(negatives, positives, right=True)
+    return ((below + not_above).double().mean() / (2 * len(negatives))).item()
 
 
 def covariance(a: Tensor, b: Tensor) -> Tensor:
@@ -176,8 +179,9 @@ def concepts(model: Steerling, stream: Stream, device: torch.device, n: int) -> 
             if name == "clean":
                 continue
             y = batch.tokens[masked].to(device)
-            bare = model.transformer.lm_head((out.known + out.unknown)[masked])
-            add("right " + name, out.logits[masked].argmax(-1) == y, bare.argmax(-1) == y)
+            without_epsilon = model.transformer.lm_head((out.known + out.unknown)[masked])
+            add("right " + name, out.logits[masked].argmax(-1) == y,
+                without_epsilon.argmax(-1) == y)
             if name == "uniform":
                 add("mass", attribute(model, out.hidden[masked], y).mass())
                 add("features", out.known[masked], out.unknown[masked])
@@ -243,7 +247,7 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
     return {"topic amplified, neutral prompt": neutral,
             "... sentences in the grammar": neutral_right,
             "topic amplified, other topic before": other,
-            "...  sentences in the grammar": other_right,
+            "... sentences in the grammar, after the other topic": other_right,
             "topic not amplified, either prompt": fmean(plain),
             "topic unlearned, same topic before": unlearned}
 
@@ -251,7 +255,7 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def evaluate(folder: str | None, device: str = "auto", n: int = 1) -> dict[str, float]:
+def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
     """Every measure of the model in a folder (None: the bundled one). Raises as `load` does."""
     model, tokenizer = load(folder, device, torch.float32)
     if model.config.n_concepts != len(CONCEPTS):

@@ -1,19 +1,22 @@
-"""What makes the concept layer mean something: three losses, two devices, the steering losses.
+"""What makes the concept layer mean something: three losses, two devices, two steering losses.
 
     total = token + presence + reconstruction + independence    (the first: `diffusion.token_loss`)
+            + respond + express                                 (in the last part of training)
 
 presence teaches the known head which concepts a chunk of text has; reconstruction, the unknown head
 to supply what these leave of the hidden state; independence, the two not to say the same thing.
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
 hidden state itself: whatever the heads add, epsilon takes away. The token loss then sends no
-gradient at all to them, and nothing would make predictions *go through* concepts. Two devices do,
-both in `compose`: residual dropout leaves epsilon out of some sequences, and teacher forcing puts
-the true labels' features there in place of the predicted ones while the head still has to learn.
+gradient at all to them, and nothing would make predictions *go through* concepts. Residual dropout
+does: it leaves epsilon out of some windows. Teacher forcing keeps predictions sensible there while
+the known head still has to learn: the true labels' features stand in for the predicted ones. Both
+are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
-technical report, arXiv 2608.07594. The official weights of the losses are not published; here all
-are 1. Letters: B windows, T tokens, D width, C known concepts, N chunks, V vocabulary.
+technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
+are 1, but for express (`objective.EXPRESS`). Letters: B windows, T tokens, D width, C known
+concepts, N chunks, V vocabulary.
 """
 
 import math
@@ -48,7 +51,8 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
     -log P averaged over the labelled pairs of chunk and concept, plus -log(1 - P) averaged over
     all other pairs: apart, or the many negatives would drown the few positives.
 
-    Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool.
+    Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool. (Labels are
+    positive only: False means not labelled, which is taken for absent here.)
     """
     absent = log_absent(logits, chunks, len(labels))  # (N, C), log(1 - P)
     present = torch.log(-torch.expm1(absent))  # (N, C), log P; finite, as logits are within +-15
@@ -58,8 +62,8 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
 def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Tensor:
     """Mean square, over D and tokens, of unknown - (hidden - labelled); all (B, T, D).
 
-    The unknown head is to supply what the true labels leave over. The target is a constant: the
-    hidden state is not to become easy to supply, nor the labels' embeddings.
+    The unknown head is to supply what the true labels leave over. The target sends no gradient:
+    neither it nor the labels' embeddings are to move toward what the head supplies already.
     """
     return mean((unknown - (hidden - labelled).detach()).square())
 
@@ -67,7 +71,7 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Te
 def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
     """Squared Frobenius norm of the cross-covariance K^T U of known and unknown features (B, T, D).
 
-    Columns are centred over the M = B T tokens (of all processes); the sum of squares is divided
+    Columns are centred over all M = B T tokens (of all processes); the sum of squares is divided
     by D^2 (M - 1). The known side is detached: the unknown features are to move away, not the
     labelled ones.
     """
@@ -80,6 +84,28 @@ def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
 
 
 # ---- the two devices -----------------------------------------------------------------------------
+
+
+def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
+            force_known: float, force_unknown: float = 0.0) -> Tensor:
+    """The composed state (B, T, D) that the token loss of a training step is computed through.
+
+    Where epsilon is kept it equals hidden, whatever the heads say. Where it is dropped:
+
+        composed =   force_known * labelled              + (1 - force_known) * known
+                 + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
+
+    Mind the trap: with both forced, labelled + (hidden - labelled) is hidden again, and although
+    epsilon is gone no gradient reaches the heads. Hence force_unknown = 0: the unknown side is
+    always the predicted one here.
+
+    Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
+    embeddings, summed), all (B, T, D); dropped (B,) bool, the windows without epsilon; force_known
+    and force_unknown, 0 to 1, see below.
+    """
+    forced_known = torch.lerp(known, labelled, force_known)
+    forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)
+    return torch.where(dropped[:, None, None], forced_known + forced_unknown, hidden)
 
 
 def known_forcing(progress: float) -> float:
@@ -97,27 +123,6 @@ def unknown_forcing(progress: float) -> float:
     return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.25))
 
 
-def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
-            force_known: float, force_unknown: float = 0.0) -> Tensor:
-    """The composed state (B, T, D) that the token loss of a training step is computed through.
-
-    Where epsilon is kept it equals hidden, whatever the heads say. Where it is dropped:
-
-        composed =   force_known * labelled              + (1 - force_known) * known
-                 + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
-
-    Mind the trap: with both forced, labelled + (hidden - labelled) is hidden again, and although
-    epsilon is gone no gradient reaches the heads. Hence force_unknown = 0: the unknown side is
-    always the predicted one here.
-
-    Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
-    embeddings, summed), all (B, T, D); dropped (B,) bool, the sequences without epsilon.
-    """
-    forced_known = torch.lerp(known, labelled, force_known)
-    forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)
-    return torch.where(dropped[:, None, None], forced_known + forced_unknown, hidden)
-
-
 # ---- the steering losses (last part of training) -------------------------------------------------
 
 
@@ -125,7 +130,7 @@ def respond_loss(logits: Tensor, concept: Tensor, injected: Tensor) -> Tensor:
     """Where a concept's direction is injected, the known head must see it: mean of -log p_c.
 
     Args: logits (B, T, C) of the known head; concept (B,) int64, what was injected into each
-    sequence; injected (B, T) bool, where.
+    window; injected (B, T) bool, where.
     """
     c = concept[:, None, None].expand(-1, logits.shape[1], 1)  # (B, T, 1)
     return mean(-F.logsigmoid(logits.gather(2, c)[..., 0][injected]))
@@ -144,11 +149,11 @@ def lifted_tokens(counts: Tensor, threshold: float = 2.0) -> Tensor:
 def express_loss(token_logits: Tensor, rows: Tensor, concept: Tensor, lifted: Tensor) -> Tensor:
     """Where a concept is injected, the text must show it: -log of the lifted tokens' probability.
 
-    The probability is averaged over each sequence's injected positions before the logarithm is
+    The probability is averaged over each window's injected positions before the logarithm is
     taken: some of a text's words are to show the concept, not every one.
 
-    Args: token_logits (M, V) at the injected positions of all sequences; rows (M,) int64, the
-    sequence of each; concept (B,) int64, what was injected into it; lifted (C, V) bool.
+    Args: token_logits (M, V) at the injected positions of all windows; rows (M,) int64, the
+    window of each; concept (B,) int64, what was injected into it; lifted (C, V) bool.
     """
     probabilities = token_logits.float().softmax(-1)  # (M, V)
     mass = (probabilities * lifted[concept[rows]]).sum(-1)  # (M,)

@@ -6,6 +6,8 @@
     token loss through composed; presence, reconstruction, independence; respond and express
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -19,16 +21,32 @@ from .steering import alpha_of, amplify_layer, unit
 EXPRESS = 0.1   # weight of the express loss; all others have weight 1
 STRENGTH = 8.0  # of the injections, in logit units: what `Steering.amplify` uses
 
-PARTS = {  # what a run can leave out (the last two: change), to see what it is good for
-    "dropout": "residual dropout: epsilon is in every window",
+PARTS = {  # what a run can do without, to see what it is good for
+    "dropout": "residual dropout; epsilon is in every window",
     "forcing": "teacher forcing of the known side",
     "presence": "the presence loss",
     "reconstruction": "the reconstruction loss",
     "independence": "the independence loss",
     "steering": "the steering losses and their injections",
-    "mean": "the plain mean over masked tokens: 1/t weights instead",
-    "prediction": "the unknown side's own prediction: it is forced as well, the trap of `compose`",
+    "mean": "the plain mean over masked tokens; 1/t weights stand in",
+    "prediction": "predicting the unknown side; it is forced as well, the trap of `losses.compose`",
 }
+
+
+class Draws(NamedTuple):
+    """Everything random in a step, for the B windows of one process."""
+
+    batch: Batch
+    noisy: Tensor             # (B, T) int64, the windows with masks in them
+    masked: Tensor            # (B, T) bool, where
+    t: Tensor                 # (B, T), the noise level of each token's block, 0 to 1
+    dropped: Tensor           # (B,) bool, the windows without epsilon
+    concept: Tensor           # (B,) int64, the concept whose direction is injected ...
+    injected: Tensor | None   # (B, T) bool, ... and where; None: no steering losses yet
+
+    def to(self, device: torch.device) -> "Draws":
+        batch = Batch(*(x.to(device) for x in self.batch))
+        return Draws(batch, *(x if x is None else x.to(device) for x in self[1:]))
 
 
 class Objective(nn.Module):
@@ -38,23 +56,18 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.without, self.lifted = model, without, lifted
 
-    def forward(self, batch: Batch, noisy: Tensor, masked: Tensor, t: Tensor, dropped: Tensor,
-                progress: float, concept: Tensor, injected: Tensor | None) -> dict[str, Tensor]:
-        """Named losses; their sum is what is minimised.
-
-        noisy, masked, t (B, T): the corrupted windows, where they are masked, the noise levels.
-        dropped (B,) bool: windows without epsilon. injected (B, T) bool: where the direction of
-        concept (B,) is injected; None: nowhere, and no steering losses.
-        """
+    def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
+        """Named losses, scalars, to be summed. progress, 0 to 1, is what schedules follow."""
+        batch, noisy, masked, t, dropped, concept, injected = draws
         model, without = self.model, self.without
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
-            direction = unit(embedding[concept])  # (B, D)
+            direction = unit(embedding[concept])  # (B, D); the injection trains it, too
             alpha = alpha_of(STRENGTH, direction, model.transformer.tok_emb.weight).detach()  # (B,)
             vectors = injected[..., None] * (alpha[:, None] * direction)[:, None]  # (B, T, D)
             injections = {amplify_layer(model.config.n_layers): vectors}
-        # float(): under autocast products come out in bfloat16; sums and losses stay in float32
+        # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
         logits = model.known_head.logits(hidden)  # (B, T, C)
@@ -62,20 +75,20 @@ class Objective(nn.Module):
         known = model.known_head.features(ids, top.sigmoid())  # (B, T, D)
         top, ids = model.unknown_head.logits(hidden).topk(model.unknown_head.topk, dim=-1)
         unknown = model.unknown_head.features(ids, top.sigmoid()).float()  # (B, T, D)
-        labels = nn.functional.pad(batch.labels, (0, 0, 0, 1))[batch.chunks]  # (B, T, C) bool
-        labelled = (labels.to(hidden) @ embedding[: labels.shape[-1]]).float()  # (B, T, D)
+        token_labels = labels_of_tokens(batch)  # (B, T, C) bool
+        C = token_labels.shape[-1]  # 0 where the texts have no labels
+        labelled = (token_labels.to(hidden) @ embedding[:C]).float()  # (B, T, D)
 
-        supervised = labels.shape[-1] > 0
         composed = compose(
             hidden, known, unknown, labelled, dropped,
-            known_forcing(progress) if supervised and "forcing" not in without else 0.0,
+            known_forcing(progress) if C > 0 and "forcing" not in without else 0.0,
             unknown_forcing(progress) if "prediction" in without else 0.0)
         token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
         losses = {"token": token_loss(token_logits, batch.tokens, masked, t,
                                       "1/t" if "mean" in without else "none"),
                   "reconstruction": reconstruction_loss(unknown, hidden, labelled),
                   "independence": independence_loss(known, unknown)}
-        if supervised:
+        if C > 0:
             losses["presence"] = presence_loss(logits, batch.chunks, batch.labels)
         if injected is not None:
             rows, at = masked.nonzero()[:, 0], injected[masked]  # (M,): its window; is it injected?
@@ -85,19 +98,24 @@ class Objective(nn.Module):
         return {name: loss for name, loss in losses.items() if name not in without}
 
 
-def injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def labels_of_tokens(batch: Batch) -> Tensor:
+    """The labels of each token's chunk, (B, T, C) bool; special tokens (chunk -1) have none."""
+    none = batch.labels.new_zeros(1, batch.labels.shape[1])
+    return torch.cat([batch.labels, none])[batch.chunks]  # row -1 is the last
+
+
+def draw_injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose, in about half of the windows, one of the concepts that its chunks are labelled with.
 
     Returns the concepts (B,) and the positions (B, T) bool of the chunks that have them, each with
     the special token that ends it.
     """
     B, T = batch.tokens.shape
-    if batch.labels.shape[1] == 0:  # no labels anywhere
+    if batch.labels.numel() == 0:  # no labels anywhere
         return torch.zeros(B, dtype=torch.int64), torch.zeros(B, T, dtype=torch.bool)
     chunks = batch.chunks.clone()
     chunks[:, 1:] = torch.where(chunks[:, 1:] < 0, chunks[:, :-1], chunks[:, 1:])
-    none = torch.zeros(1, batch.labels.shape[1], dtype=torch.bool)
-    has = torch.cat([batch.labels, none])[chunks]  # (B, T, C); chunk -1 is the row of none
+    has = labels_of_tokens(batch._replace(chunks=chunks))  # (B, T, C)
     weights = has.any(1).float()  # (B, C), equal for all concepts in the window
     some = weights.any(1)
     concept = torch.zeros(B, dtype=torch.int64)

@@ -2,7 +2,8 @@
 
 `training.safetensors` holds the weights and AdamW's two moments of each; its metadata, as JSON, the
 settings, the step, the seconds and the curve so far. It appears whole or not at all. There is no
-generator to save: what a step draws follows from the seed and the step alone.
+generator to save: what a step draws follows from the seed, the step and the progress. (--minutes
+makes progress a matter of the clock: such a run goes on, but not to the very same weights.)
 """
 
 import json

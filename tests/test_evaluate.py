@@ -20,6 +20,7 @@ def test_auc_is_the_chance_that_a_positive_outranks_a_negative():
     pairs = [(p > n).item() for p in scores[labels] for n in scores[~labels]]
     assert auc(scores, labels) == sum(pairs) / len(pairs) == 0.75
     assert auc(scores, scores > 0.3) == 1.0 and auc(-scores, scores > 0.3) == 0.0
+    assert auc(torch.zeros(4), labels) == 0.5, "ties count half"
 
 
 def test_covariance_is_that_of_statistics():
@@ -54,7 +55,7 @@ def test_topics_are_counted_in_new_chunks_only(monkeypatch):
     assert carried == 1 / 8 and right == 1.0, "it is about topic 0, one of eight"
 
 
-def test_the_bundled_model_reaches_its_targets_on_a_small_sample():
+def test_the_bundled_model_is_the_trained_one():
     """The whole table takes minutes (train_tiny.py --evaluate); this would notice a wrong model."""
     model, tokenizer = load()
     found = evaluate.language(model, tokenizer, 4)

@@ -1,6 +1,7 @@
 """A training step on a small model: which loss reaches which weights, what is injected where."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from conftest import CONFIG
 
 from steerling_min import Steerling
 from steerling_min.data import Batch
-from steerling_min.losses import compose
-from steerling_min.objective import PARTS, Objective, injections
+from steerling_min.losses import compose, presence_loss
+from steerling_min.objective import EXPRESS, PARTS, Draws, Objective, draw_injections
 
 T = 12
 BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_seed(1)),
@@ -37,7 +38,8 @@ def model():
 
 def losses(model, dropped=NOWHERE, progress=0.3, injected=None, without=(), batch=BATCH):
     objective = Objective(model, list(without), torch.ones(8, 20, dtype=torch.bool))
-    return objective(batch, NOISY, MASKED, LEVEL, dropped, progress, torch.tensor([1, 3]), injected)
+    draws = Draws(batch, NOISY, MASKED, LEVEL, dropped, torch.tensor([1, 3]), injected)
+    return objective(draws, progress)
 
 
 def reached(model, loss):
@@ -69,12 +71,11 @@ def test_while_labels_stand_in_fully_the_known_predictor_waits(model):
 
 def test_the_trap_with_both_sides_forced_nothing_reaches_the_heads(model):
     got = reached(model, losses(model, ~NOWHERE, progress=0.1, without=["prediction"])["token"])
-    gradient = {name for name in got & set(HEADS)}
-    assert gradient <= {"known_head.concept_embedding"}, "labelled - labelled leaves rounding only"
+    assert got & set(HEADS) <= {"known_head.concept_embedding"}, "labelled - labelled: rounding"
     assert "unknown_head.predictor_up" not in got
 
 
-def test_each_concept_loss_reaches_its_own_head(model):
+def test_each_concept_loss_reaches_its_own_head_and_the_backbone_below(model):
     found = losses(model)
     presence = reached(model, found["presence"])
     assert "known_head.concept_predictor" in presence
@@ -82,6 +83,23 @@ def test_each_concept_loss_reaches_its_own_head(model):
     for name in ("reconstruction", "independence"):
         got = reached(model, found[name]) & set(HEADS)
         assert got == {h for h in HEADS if h.startswith("unknown")}, f"{name}: the unknown head"
+    for name, loss in found.items():
+        assert "transformer.blocks.0.attn.c_attn" in reached(model, loss), f"{name} stops at a head"
+
+
+def test_losses_weigh_1_but_for_express(model):
+    found, hidden = losses(model), model.transformer(NOISY)
+    expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
+    torch.testing.assert_close(found["presence"], expected)
+    no_token = torch.zeros(8, 20, dtype=torch.bool)
+    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, torch.tensor([1, 3]), MASKED)
+    express = Objective(model, [], no_token)(draws, 0.3)["express"]
+    assert express.item() == pytest.approx(-EXPRESS * math.log(1e-6), rel=1e-4)
+
+
+def test_an_injected_direction_trains_its_embedding(model):
+    got = reached(model, losses(model, injected=MASKED)["token"])
+    assert got & set(HEADS) == {"known_head.concept_embedding"}, "the token loss reads the vector"
 
 
 def test_unmasked_tokens_cost_nothing(model):
@@ -133,7 +151,7 @@ def test_without_labels_only_the_supervised_losses_are_off(model):
 def test_injections_take_a_labelled_concept_and_the_chunks_that_have_it():
     seen = set()
     for seed in range(60):
-        concept, where = injections(BATCH, torch.Generator().manual_seed(seed))
+        concept, where = draw_injections(BATCH, torch.Generator().manual_seed(seed))
         for b in range(2):
             c = concept[b].item()
             chunks = [i for i in range(4) if BATCH.labels[i, c] and (BATCH.chunks[b] == i).any()]
@@ -149,7 +167,7 @@ def test_injections_take_a_labelled_concept_and_the_chunks_that_have_it():
 
 
 def test_without_labels_nothing_is_injected():
-    concept, where = injections(BATCH._replace(labels=BATCH.labels & False), torch.Generator())
+    concept, where = draw_injections(BATCH._replace(labels=BATCH.labels & False), torch.Generator())
     assert not where.any()
-    concept, where = injections(BATCH._replace(labels=BATCH.labels[:, :0]), torch.Generator())
+    concept, where = draw_injections(BATCH._replace(labels=BATCH.labels[:, :0]), torch.Generator())
     assert not where.any() and concept.tolist() == [0, 0]

@@ -82,21 +82,20 @@ def draws(progress, without=(), step=1):
     return train_tiny.draw_step(STORIES, config, step, progress, args)
 
 
-def test_residual_dropout_grows_through_the_first_half():
+def test_residual_dropout_grows_with_progress():
     def rate(progress, without=()):
-        drawn = [draws(progress, without, step)[4] for step in range(6)]
-        return torch.cat(drawn).float().mean().item()
-    assert rate(0.0) == 0 and 0.04 < rate(0.25) < 0.22
-    assert 0.17 < rate(0.5) < 0.33 and 0.17 < rate(1.0) < 0.33
-    assert rate(1.0, ["dropout"]) == 0
+        drawn = [draws(progress, without, step).dropped for step in range(12)]
+        return torch.cat(drawn).float().mean().item()  # of 768
+    assert rate(0.0) == 0 and rate(1.0, ["dropout"]) == 0
+    for progress in (0.3, 1.0):
+        assert rate(progress) == pytest.approx(train_tiny.DROPOUT * progress, abs=0.07)
 
 
 def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
-    *_, nowhere = draws(train_tiny.STEER_FROM - 0.01)
-    assert nowhere is None
-    _, _, masked, *_, injected = draws(train_tiny.STEER_FROM)
-    assert injected.any() and not (injected & ~masked).any()
-    assert draws(1.0, ["steering"])[-1] is None
+    assert draws(train_tiny.STEER_FROM - 0.01).injected is None
+    drawn = draws(train_tiny.STEER_FROM)
+    assert drawn.injected.any() and not (drawn.injected & ~drawn.masked).any()
+    assert draws(1.0, ["steering"]).injected is None
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -107,7 +106,7 @@ def test_training_learns(run, tmp_path):
     rows = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(rows) == 12 and "tokens/s" in rows[0] and "min left" in rows[0]
     first, last = (float(row.split("held out ")[1].split(";")[0]) for row in (rows[0], rows[-1]))
-    assert first > 5.8, "it starts near ln 754 = 6.6"
+    assert first > 5.8, "it starts near ln 827 = 6.7"
     assert last < 5.6, "60 steps teach at least how often each token occurs"
     assert "presence" in rows[0] and "respond" not in rows[0] and "respond" in rows[-1]
 
@@ -134,7 +133,7 @@ def test_minutes_end_a_run_too(run, tmp_path):
     assert time.monotonic() - began < 60 and weights(tmp_path / "out")
 
 
-def test_nothing_is_left_out_by_default_and_parts_can_be(run, tmp_path):
+def test_parts_can_be_left_out(run):
     out = run("--steps", 5, "--without", "presence", "independence")
     assert "presence" not in out and "independence" not in out and "reconstruction" in out
 
@@ -150,7 +149,7 @@ def start_process(out, steps):
                              *SHARED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_run_killed_at_any_moment_ends_with_the_same_weights(run, tmp_path):
+def test_a_run_that_was_killed_ends_with_the_same_weights(run, tmp_path):
     run("--steps", 60, out=tmp_path / "whole")
     process = start_process(tmp_path / "killed", 60)
     for line in process.stdout:  # killed somewhere after step 20, perhaps while it saves
@@ -177,7 +176,7 @@ def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
 
 
 @pytest.mark.parametrize("other, message", [
-    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.006, not 0.001"),
+    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.003, not 0.001"),
     (["--without", "dropout"], "without = [], not ['dropout']"),
     (["--size", "small"], "config = ")])
 def test_resuming_another_run_is_refused(run, other, message):
@@ -258,7 +257,7 @@ def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message)
 
 
 def test_two_processes_take_the_steps_of_one(run, tmp_path, monkeypatch):
-    """torchrun with gloo: the same global batch, the same losses, nearly the same weights."""
+    """torchrun with gloo: the same global batch, the same losses."""
     script = tmp_path / "script.py"
     script.write_text(f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 1; "
                       "t.WARMUP = 5; t.STEER_FROM = 0.5; t.DROPOUT = 0.9; t.main()")
