@@ -182,7 +182,8 @@ def main() -> None:
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
     p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
-    p.add_argument("--lr", type=float, default=3e-3, help="peak learning rate; larger models want less")
+    p.add_argument("--lr", type=float, default=3e-3,
+                   help="peak learning rate (default: 0.003; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
     p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
@@ -228,7 +229,8 @@ def run(args: Namespace) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if args.text:
-        corpus = Texts(args.text, args.seed, SIZES[args.size].get("block_size", 256))
+        T = SIZES[args.size].get("block_size", Config.tiny().block_size)
+        corpus = Texts(args.text, args.seed, T)
     else:
         corpus = Stories(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
