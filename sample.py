@@ -20,10 +20,11 @@ import torch
 
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
 from steerling_min.attribution import promoted
-from steerling_min.checkpoint import find_checkpoint
+from steerling_min.checkpoint import find_checkpoint, replacing
 from steerling_min.cli import Parser
 from steerling_min.explain import explain, print_explanation
 from steerling_min.labels import Labels, labels_beside, load_labels
+from steerling_min.page import page
 from steerling_min.watch import watch
 
 
@@ -54,6 +55,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--watch", action="store_true", help="see the text being unmasked")
     p.add_argument("--explain", action="store_true", help="what each token is due to")
     p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the text in: "
+                   "each token's concepts, inputs and step")
     p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
     p.add_argument("--score", action="append", metavar="TEXT", help="write nothing; the "
                    "log-likelihood of TEXT after the prompt, in nats; several times to compare")
@@ -68,11 +71,12 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    for flag, others in (("find", ("prompt", "score", "steer", "explain", "json", "chat", "watch")),
-                         ("score", ("steer", "explain", "json", "watch")), ("json", ("watch",))):
+    about_a_text = ("steer", "explain", "json", "watch", "html")
+    for flag, others in (("find", ("prompt", "score", "chat", *about_a_text)),
+                         ("score", about_a_text), ("json", ("watch",))):
         for other in others:
             if getattr(args, flag) and getattr(args, other):
-                p.error(f"--{flag} writes no text, and --{other} is about one: give one of them")
+                p.error(f"--{flag} and --{other} exclude each other: give one of them")
     if args.prompt is None and args.find is None:
         if sys.stdin is None or sys.stdin.isatty():
             p.error("no prompt: give --prompt TEXT, or pipe one in")
@@ -184,6 +188,10 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         explained = [explain(model, tokenizer, labels, steps, row, steering)
                      for row in range(args.num_samples)]
     texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
+    if args.html:
+        with replacing(args.html) as partial:
+            partial.write_text(page(model, tokenizer, labels, steps, prompt, steering=steering),
+                               encoding="utf-8")
     if args.json:
         samples = [{"text": text, **about} for text, about in zip(texts, explained)]
         print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,

@@ -41,7 +41,8 @@ from steerling_min.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.labels import write_labels
 from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
-from steerling_min.objective import PARTS, Draws, Objective, draw_injections
+from steerling_min.objective import (PARTS, STRENGTHS, Draws, Objective,
+                                     draw_injections)
 from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
 
@@ -57,9 +58,9 @@ SIZES = {  # what differs from Config.tiny()
     "tiny": {},                                                                     # 1.1 M
     "small": {"n_layers": 8, "n_embd": 256, "n_head": 8},                           # 8 M
     "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
-               "block_size": 512, "diff_block_size": 32, "factorize_rank": 64},     # 110 M
+               "block_size": 512, "diff_block_size": 32},                            # 105 M
     "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
-              "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 850 M
+              "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 823 M
 }
 
 
@@ -108,11 +109,13 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = 0.0 if "dropout" in args.without else DROPOUT * progress
     dropped = torch.rand(B, generator=generator) < dropout
     concept, where = draw_injections(batch, generator)
+    low, high = STRENGTHS
+    strength = low + (high - low) * torch.rand(B, generator=generator)
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], concept[mine],
-                 (where & masked)[mine] if steering else None)
+                 strength[mine], (where & masked)[mine] if steering else None)
 
 
 def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
@@ -134,7 +137,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     lifted = lifted_tokens(count_tokens(counted, config.vocab_size)).to(device)
     objective = Objective(model, args.without, lifted)
     if dist.is_initialized():
-        objective = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=True)
+        objective = nn.parallel.DistributedDataParallel(objective)
     held_out, first, sums = corpus.held_out(8, config.block_size), step, {}
     started = saved = printed = time.monotonic()
     before = elapsed

@@ -18,8 +18,10 @@ from .losses import (compose, express_loss, independence_loss, known_forcing, pr
 from .model import Steerling
 from .steering import alpha_of, amplify_layer, unit
 
-EXPRESS = 0.1   # weight of the express loss; all others have weight 1
-STRENGTH = 8.0  # of the injections, in logit units: what `Steering.amplify` uses
+# Weight of the express loss; all others have weight 1. With 0.1 the model learnt to answer an
+# injection with the concept's words alone, over and over.
+EXPRESS = 0.01
+STRENGTHS = (4.0, 12.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # what a run can do without, to see what it is good for
     "dropout": "residual dropout; epsilon is in every window",
@@ -42,6 +44,7 @@ class Draws(NamedTuple):
     t: Tensor                 # (B, T), the noise level of each token's block, 0 to 1
     dropped: Tensor           # (B,) bool, the windows without epsilon
     concept: Tensor           # (B,) int64, the concept whose direction is injected ...
+    strength: Tensor          # (B,), ... how strongly, in logit units ...
     injected: Tensor | None   # (B, T) bool, ... and where; None: no steering losses yet
 
     def to(self, device: torch.device) -> "Draws":
@@ -58,13 +61,13 @@ class Objective(nn.Module):
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Named losses, scalars, to be summed. progress, 0 to 1, is what schedules follow."""
-        batch, noisy, masked, t, dropped, concept, injected = draws
+        batch, noisy, masked, t, dropped, concept, strength, injected = draws
         model, without = self.model, self.without
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
             direction = unit(embedding[concept])  # (B, D); the injection trains it, too
-            alpha = alpha_of(STRENGTH, direction, model.transformer.tok_emb.weight).detach()  # (B,)
+            alpha = alpha_of(strength, direction, model.transformer.tok_emb.weight).detach()  # (B,)
             vectors = injected[..., None] * (alpha[:, None] * direction)[:, None]  # (B, T, D)
             injections = {amplify_layer(model.config.n_layers): vectors}
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32

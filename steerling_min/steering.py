@@ -80,7 +80,7 @@ def unit(directions: Tensor) -> Tensor:
     return directions / directions.norm(dim=-1, keepdim=True)
 
 
-def alpha_of(strength: float, directions: Tensor, tok_emb: Tensor) -> Tensor:
+def alpha_of(strength: float | Tensor, directions: Tensor, tok_emb: Tensor) -> Tensor:
     """How far to go along unit directions (..., D) for a strength in logit units: (...).
 
     A step of alpha raises the logit of the token that the direction promotes most by `strength`:

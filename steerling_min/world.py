@@ -2,7 +2,7 @@
 
     The old sailor Mara lived near the harbour with a dog named Biscuit and a brass key. Salt wind
       blew Mara across the pale bay until sunset. Mara smiled all the way home.
-    The waves carried Mara toward the narrow reef. "Look at the shiny gull," said Mara.
+    The waves carried Biscuit toward the narrow reef. "Look at the shiny gull," said Mara.
 
 A story is four to seven chunks (two of them above). The first sentence draws a hero, a friend, a
 place and a thing, which come back by name in later chunks: who reads on must remember them. Every

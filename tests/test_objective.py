@@ -20,6 +20,7 @@ BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_se
 MASKED = torch.rand(2, T, generator=torch.Generator().manual_seed(2)) < 0.5
 NOISY = BATCH.tokens.masked_fill(MASKED, CONFIG.mask_token_id)
 LEVEL = torch.full((2, T), 0.5)
+STRENGTH = torch.tensor([8.0, 6.0])
 NOWHERE = torch.tensor([False, False])
 HEADS = ("known_head.concept_embedding", "known_head.concept_predictor",
          "unknown_head.predictor_down", "unknown_head.predictor_up",
@@ -38,7 +39,7 @@ def model():
 
 def losses(model, dropped=NOWHERE, progress=0.3, injected=None, without=(), batch=BATCH):
     objective = Objective(model, list(without), torch.ones(8, 20, dtype=torch.bool))
-    draws = Draws(batch, NOISY, MASKED, LEVEL, dropped, torch.tensor([1, 3]), injected)
+    draws = Draws(batch, NOISY, MASKED, LEVEL, dropped, torch.tensor([1, 3]), STRENGTH, injected)
     return objective(draws, progress)
 
 
@@ -92,7 +93,7 @@ def test_losses_weigh_1_but_for_express(model):
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
     torch.testing.assert_close(found["presence"], expected)
     no_token = torch.zeros(8, 20, dtype=torch.bool)
-    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, torch.tensor([1, 3]), MASKED)
+    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, torch.tensor([1, 3]), STRENGTH, MASKED)
     express = Objective(model, [], no_token)(draws, 0.3)["express"]
     assert express.item() == pytest.approx(-EXPRESS * math.log(1e-6), rel=1e-4)
 

@@ -132,13 +132,14 @@ def test_a_broken_sentence_is_not_in_the_grammar(broken):
 # ---- stories -------------------------------------------------------------------------------------
 
 def test_hero_friend_place_and_thing_stay_the_same_and_come_back(stories):
-    for slot in ("hero", "friend", "place", "thing"):
+    often = {"hero": 0.95, "friend": 0.9, "place": 0.4, "thing": 0.6}
+    for slot in often:
         names, again = grammar.STORY_SLOTS[slot], []
         for story in stories[:500]:
             texts = [{n for n in names if re.search(rf"\b{n}\b", c.text)} for c in story.chunks]
             assert set().union(*texts) == texts[0] and len(texts[0]) == 1, f"one {slot}: {story}"
             again.append(any(texts[1:]))
-        assert mean(again) > 0.6, f"the {slot} should recur, so that earlier text matters"
+        assert mean(again) > often[slot], f"the {slot} should recur, so that earlier text matters"
 
 
 def test_the_hero_is_the_one_the_introduction_names(stories):
