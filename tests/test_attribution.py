@@ -1,12 +1,15 @@
 """Attribution: contributions of concepts and epsilon add up to the logit of the token committed."""
 
+import random
+
 import pytest
 import torch
 from conftest import close
 
-from steerling_min import load, unmask
+from steerling_min import load, unmask, world
 from steerling_min.attribution import (activations, attribute, attribute_text, chunk_attribution,
                                        input_attribution, nearest, promoted)
+from steerling_min.evaluate import tokens_of
 from steerling_min.steering import Steering
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
@@ -100,16 +103,17 @@ def test_a_chunks_attribution_averages_relative_contributions(model, golden):
 def test_integrated_gradients_are_complete_and_masks_get_nothing():
     """On the bundled model: the attributions add up to logit(input) - logit(all masks)."""
     model, tokenizer = load()
-    mask = model.config.mask_token_id
-    text = [tokenizer.bos_token_id, *tokenizer.encode("The old sailor Mara lived near the harbour")]
-    tokens = torch.tensor(text + [mask] * 4)
-    target = tokenizer.encode(" with")[0]
-    found = input_attribution(model, tokens, len(text), target)
-    logit = model(tokens[None]).logits[0, len(text), target]
-    blind = model(torch.full_like(tokens, mask)[None]).logits[0, len(text), target]
-    assert abs(found.sum() - (logit - blind)) <= 0.01 * abs(logit - blind), "within 1 %"
-    assert (found[tokens == mask] == 0).all(), "exactly 0 at masks"
-    assert (found[: len(text)] != 0).all()
+    model.requires_grad_(False)
+    mask, rng = model.config.mask_token_id, random.Random(1)
+    for _ in range(6):
+        story = tokens_of(world.write_story(rng), tokenizer)
+        L = rng.randint(20, 90)
+        tokens, target = torch.tensor(story[:L] + [mask] * 6), story[L]
+        found = input_attribution(model, tokens, L, target)
+        logit = model(tokens[None]).logits[0, L, target]
+        blind = model(torch.full_like(tokens, mask)[None]).logits[0, L, target]
+        assert abs(found.sum() - (logit - blind)) <= 0.01 * abs(logit - blind), "within 1 %"
+        assert (found[L:] == 0).all() and (found[:L] != 0).all(), "exactly 0 at masks"
 
 
 def test_later_blocks_have_no_part_in_a_token(model):

@@ -67,7 +67,7 @@ def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
                            cwd=tmp_path, env=env)
     assert (piped.returncode, piped.stderr) == (0, "")
     heading, texts, figures = parts(piped.stdout)
-    assert "seed 7" in heading and "1,072,512 parameters, float32, on cpu" in heading
+    assert "seed 7" in heading and "1,086,848 parameters, float32, on cpu" in heading
     assert len(texts) == 1 and texts[0].startswith("abcd ab")
     given = parts(run("--seed", 7).out)
     assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"

@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import close
 
-from steerling_min import Steerling, generate
+from steerling_min import Steerling, generate, load
+from steerling_min.attribution import promoted
+from steerling_min.diffusion import masked_logits
 from steerling_min.steering import Injection, Steerer, Steering, alpha_of, unit
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
@@ -86,6 +88,25 @@ def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):
     old = torch.where(plain.known_ids[0] == 3, plain.known_logits[0].sigmoid(), 0.0).sum(-1)
     promoted = model.transformer.tok_emb.weight @ model.known_head.concept_embedding.weight[3]
     close(edited - plain.logits[0], (2.5 - old)[:, None] * promoted, "and nothing else", 5e-5)
+
+
+def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
+    """The mass of the ten tokens that a concept promotes, over the masks after a short prompt."""
+    model, tokenizer = load()
+    prompt = tokenizer.encode("The old sailor Mara lived near the harbour with a dog named Biscuit "
+                              "and a tin box.")
+    tokens = torch.tensor([prompt + [model.config.mask_token_id] * 24])
+    masked = tokens == model.config.mask_token_id
+
+    def mass(concept, steering):
+        with torch.no_grad():
+            logits, _ = masked_logits(model, tokens, masked, len(prompt), 0.0,
+                                      Steerer(steering, model), None)
+        return logits.softmax(-1)[:, promoted(model, concept, 10)[0]].sum().item()
+    for concept in range(model.config.n_concepts):
+        out, plain, kept = (mass(concept, steering) for steering in (
+            Steering.amplify(concept), Steering(), Steering.unlearn(concept)))
+        assert kept < plain < out, f"concept {concept}: {kept:.3f} < {plain:.3f} < {out:.3f}"
 
 
 def test_steerings_that_contradict_each_other_are_refused():
