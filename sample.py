@@ -170,10 +170,14 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                  entropy_sampling=args.temperature is None, confidence_threshold=args.threshold,
                  order=args.order, align=args.order == "window" and not args.no_align,
                  seed=args.seed, steering=steering)
-    steps = []
+    explaining = args.explain or args.json or args.html
+    steps, n_steps = [], 0  # without anything to explain, the last step is enough
     try:
         for step in watch(run, tokenizer, prompt, new) if args.watch else run:
+            if not explaining:
+                steps.clear()
             steps.append(step)
+            n_steps += 1
     except KeyboardInterrupt:
         for row in steps[-1].tokens.tolist() if steps else []:
             print("\n" + text_of(tokenizer, row, []))
@@ -206,8 +210,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
             print_explanation(explained[row])
     written = new * args.num_samples - int(last.unwritten.sum())
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
-    read = len(steps) * weights
-    print(f"{written} tokens in {len(steps)} steps, {seconds:.2f} s: "
+    read = n_steps * weights
+    print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
           f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
           f"{peak_memory(device)}")
 
@@ -220,8 +224,12 @@ def main() -> None:
         dtype = getattr(torch, args.dtype) if args.dtype else None
         model, tokenizer = load(args.model, args.device, dtype)
         n_concepts = model.config.n_concepts
-        labels = (load_labels(args.labels, n_concepts) if args.labels
-                  else labels_beside(find_checkpoint(args.model), n_concepts))
+        if args.labels:
+            labels = load_labels(args.labels, n_concepts)
+        elif args.find is not None or args.steer or args.explain or args.json or args.html:
+            labels = labels_beside(find_checkpoint(args.model), n_concepts)
+        else:  # a plain text needs no names, nor what reading them may take
+            labels = Labels([], n_concepts)
         if args.find is not None:
             find(model, tokenizer, labels, args.find)
             return

@@ -41,12 +41,11 @@ from steerling_min.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.labels import write_labels
 from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
-from steerling_min.objective import (PARTS, STRENGTHS, Draws, Objective,
-                                     draw_injections)
+from steerling_min.objective import PARTS, STRENGTHS, Draws, Objective, draw_injections
 from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
 
-STEPS = 10_000        # of the bundled model
+STEPS = 10_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of tok_emb's first weights
 DROPOUT = 0.5        # residual dropout: the share of windows that lose epsilon, at the end
@@ -58,7 +57,7 @@ SIZES = {  # what differs from Config.tiny()
     "tiny": {},                                                                     # 1.1 M
     "small": {"n_layers": 8, "n_embd": 256, "n_head": 8},                           # 8 M
     "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
-               "block_size": 512, "diff_block_size": 32},                            # 105 M
+               "block_size": 512, "diff_block_size": 32},                           # 105 M
     "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
               "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 823 M
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 from .diffusion import Step
 from .iguide import set_weights
 from .model import Steerling
-from .steering import Steering
+from .steering import Steering, decompose_under
 
 # ---- concepts -> token ---------------------------------------------------------------------------
 
@@ -57,17 +57,13 @@ def attribute(model: Steerling, hidden: Tensor, tokens: Tensor, steering: Steeri
     steering = steering or Steering()
     everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=hidden.device)
     y = model.transformer.tok_emb(tokens)  # (n, D)
-    rest, found = hidden, []
-    heads = ((model.known_head, steering.known), (model.unknown_head, steering.unknown))
-    for head, edits in heads:
-        logits, ids = head.logits(hidden[None]).topk(head.topk, dim=-1)  # (1, n, k)
-        weights = logits.sigmoid()
-        rest = rest - head.features(ids, weights)[0]
-        ids, weights = set_weights(ids, weights, dict(edits), everywhere)
+    parts, found = decompose_under(steering, model, hidden), []
+    for head, ids, logits, edits in (
+            (model.known_head, parts.known_ids, parts.known_logits, steering.known),
+            (model.unknown_head, parts.unknown_ids, parts.unknown_logits, steering.unknown)):
+        ids, weights = set_weights(ids, logits.sigmoid(), dict(edits), everywhere)  # (1, n, k)
         found += [ids[0], weights[0] * head.alignment(ids[0], y)]
-    if steering.epsilon == "drop" and (steering.known or steering.unknown):
-        rest = torch.zeros_like(rest)
-    return Attribution(tokens, *found, (rest * y).sum(-1))
+    return Attribution(tokens, *found, (parts.epsilon[0] * y).sum(-1))
 
 
 def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,

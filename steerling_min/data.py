@@ -8,7 +8,7 @@ documents. Labels belong to whole chunks; no token has one of its own.
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +80,13 @@ def count_tokens(stream: Stream, V: int) -> Tensor:
 # ---- where documents come from -------------------------------------------------------------------
 
 
+def endless_stories(seed: str) -> Iterator[Sequence[Chunk]]:
+    """Stories of the tiny world, one after the other, without end."""
+    rng = random.Random(seed)
+    while True:
+        yield world.write_story(rng).chunks
+
+
 class Stories:
     """The tiny world's stories: endless, all labelled, the truth known.
 
@@ -96,9 +103,7 @@ class Stories:
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
-        rng = random.Random(f"{self.seed} {step}")
-        stories = (world.write_story(rng).chunks for _ in iter(int, 1))  # without end
-        return pack(stories, self.tokenizer, len(self.labels), n)
+        return pack(endless_stories(f"{self.seed} {step}"), self.tokenizer, len(self.labels), n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """What a training step reads: a stream, and where its B windows of T tokens start."""

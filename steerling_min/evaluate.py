@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from . import world
 from .attribution import attribute
-from .data import Batch, Stream, cut, pack
+from .data import Batch, Stream, cut, endless_stories, pack
 from .diffusion import corrupt, generate, likelihood_bound, noise_levels
 from .losses import log_absent
 from .model import Steerling, load
@@ -262,9 +262,8 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
         raise ValueError(f"{folder} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
     place = model.transformer.tok_emb.weight.device
-    rng = random.Random(HELD_OUT)
-    stories = (world.write_story(rng).chunks for _ in iter(int, 1))
-    stream = pack(stories, tokenizer, len(CONCEPTS), 64 * model.config.block_size)
+    stream = pack(endless_stories(HELD_OUT), tokenizer, len(CONCEPTS),
+                  64 * model.config.block_size)
     return {**language(model, tokenizer, 100), **likelihood(model, tokenizer, 100, place),
             **concepts(model, stream, place, 64), **steering(model, tokenizer, 8)}
 

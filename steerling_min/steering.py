@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .iguide import decompose
+from .iguide import Decomposition, decompose
 from .model import Steerling
 
 
@@ -100,8 +100,10 @@ class Steerer:
     def __init__(self, steering: Steering, model: Steerling):
         """Raises ValueError for a concept or a layer that the model does not have."""
         self.model, self.steering = model, steering
-        config, tok_emb = model.config, model.transformer.tok_emb.weight.float()  # (V, D)
+        config, tok_emb = model.config, model.transformer.tok_emb.weight  # (V, D)
         check(steering, config)
+        if steering.injections or steering.suppressions:
+            tok_emb = tok_emb.float()  # a copy of a big matrix, in half precision: only if needed
 
         def embeddings(*ids):
             return model.known_head.concept_embedding.weight[list(ids)].float()  # (n, D)
@@ -131,11 +133,15 @@ class Steerer:
 
     def compose(self, hidden: Tensor) -> Tensor:
         """hidden (M, D) -> composed (M, D) under the interventions; hidden itself without any."""
-        known, unknown = dict(self.steering.known), dict(self.steering.unknown)
-        if not known and not unknown:
+        if not self.steering.known and not self.steering.unknown:
             return hidden
-        return decompose(hidden[None], self.model.known_head, self.model.unknown_head,
-                         known, unknown, self.steering.epsilon).composed[0]
+        return decompose_under(self.steering, self.model, hidden).composed[0]
+
+
+def decompose_under(steering: Steering, model: Steerling, hidden: Tensor) -> Decomposition:
+    """hidden (n, D) taken apart under a steering's interventions, as a batch of one."""
+    return decompose(hidden[None], model.known_head, model.unknown_head, dict(steering.known),
+                     dict(steering.unknown), steering.epsilon)
 
 
 def check(steering: Steering, config: Config) -> None:
