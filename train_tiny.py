@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from steerling_min import Config, Steerling
+from steerling_min.checkpoint import replacing
 from steerling_min.cli import Parser
 from steerling_min.curve import save_png, text_curve
 from steerling_min.data import Stories, Texts, count_tokens, cut
@@ -254,7 +255,8 @@ def run(args: Namespace) -> None:
         if history:
             print(text_curve(history))
             try:
-                save_png(history, args.out / "loss.png")
+                with replacing(args.out / "loss.png") as partial:
+                    save_png(history, partial)
             except ImportError:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
         print(f"saved to {args.out}")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import tiktoken
 
+from .checkpoint import replacing
+
 RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
 SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order
 INSTRUCT_SPECIALS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -87,7 +89,8 @@ class Tokenizer:
         """Write the ranks so that from_file reads them back."""
         ranks = sorted(self.encoding._mergeable_ranks.items(), key=lambda item: item[1])
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks]
-        Path(path).write_text("".join(lines))
+        with replacing(Path(path)) as partial:
+            partial.write_text("".join(lines))
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "Tokenizer":
