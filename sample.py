@@ -51,7 +51,8 @@ def parse_args() -> argparse.Namespace:
                    help="texts to write; the second is what --seed SEED+1 alone would give")
     p.add_argument("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
                    help="by name or number, several times; above 0: bring it out, so many logits "
-                   "strong (8 is usual); below 0: keep it out (-7)")
+                   "strong (8 is usual); below 0: keep it out (-7). A group, by its name or as "
+                   "A+B, is steered along the sum of its directions")
     p.add_argument("--watch", action="store_true", help="see the text being unmasked")
     p.add_argument("--explain", action="store_true", help="what each token is due to")
     p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
@@ -68,6 +69,10 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                    help="of the weights (default: bfloat16 on cuda, else float32)")
+    p.add_argument("--quantize", choices=["int8"],
+                   help="keep each weight in one byte: the 8B on a GPU of 16 GB")
+    p.add_argument("--compile", action="store_true", help="torch.compile the backbone: slow to "
+                   "start (minutes), faster after that")
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
@@ -100,12 +105,13 @@ def steering_of(flags: list[str], labels: Labels) -> Steering | None:
             strength = math.nan
         if not name or not math.isfinite(strength):
             raise ValueError(f"--steer {flag}: expected CONCEPT=STRENGTH, as in sea=8 or 12=-7")
-        concept = labels.resolve(name)
-        if concept in seen:
-            raise ValueError(f"--steer {flag}: this concept has a strength already")
-        seen.add(concept)
-        one = (Steering.amplify(concept, strength) if strength >= 0
-               else Steering.unlearn(concept, strength=strength))
+        concept, *group = ids = labels.resolve(name)
+        for id in ids:
+            if id in seen:
+                raise ValueError(f"--steer {flag}: {labels.name(id)} has a strength already")
+        seen.update(ids)
+        one = (Steering.amplify(ids, strength) if strength >= 0
+               else Steering.unlearn(concept, tuple(group), strength))
         steering = one if steering is None else steering + one
     return steering
 
@@ -159,11 +165,13 @@ def peak_memory(device: torch.device) -> str:
 def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[int],
           args: argparse.Namespace) -> None:
     """Generate, then print each text and one closing line of figures, or all of it as JSON."""
-    device = model.transformer.tok_emb.weight.device
+    device = model.device
     new = args.max_new_tokens
     if new is None:
         new = min(128, model.config.block_size - len(prompt))
     steering = steering_of(args.steer, labels)
+    if args.compile:
+        model.transformer.compile(dynamic=True)  # the window's and the cache's lengths vary
     began = time.perf_counter()
     run = unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
                  temperature=args.temperature or 0.0, top_p=args.top_p,
@@ -209,8 +217,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         if args.explain:
             print_explanation(explained[row])
     written = new * args.num_samples - int(last.unwritten.sum())
-    weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
-    read = n_steps * weights
+    backbone = model.transformer
+    read = n_steps * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
     print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
           f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
           f"{peak_memory(device)}")
@@ -222,7 +230,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
     try:
         dtype = getattr(torch, args.dtype) if args.dtype else None
-        model, tokenizer = load(args.model, args.device, dtype)
+        model, tokenizer = load(args.model, args.device, dtype, args.quantize == "int8")
         n_concepts = model.config.n_concepts
         if args.labels:
             labels = load_labels(args.labels, n_concepts)
@@ -238,10 +246,10 @@ def main() -> None:
         if args.score:
             score(model, tokenizer, prompt, args.score)
             return
-        weight = model.transformer.tok_emb.weight
-        size = sum(p.numel() for p in model.parameters())
+        size = sum(x.numel() for x in [*model.parameters(), *model.buffers()])
         print(f"model {args.model or 'tiny (bundled)'}: {size:,} parameters, "
-              f"{str(weight.dtype).removeprefix('torch.')}, on {weight.device}; seed {args.seed}; "
+              f"{args.quantize or str(model.dtype).removeprefix('torch.')}, on {model.device}; "
+              f"seed {args.seed}; "
               + ("entropy sampling" if args.temperature is None
                  else f"temperature {args.temperature:g}"),
               file=sys.stderr if args.json else sys.stdout)

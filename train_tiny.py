@@ -42,7 +42,7 @@ from steerling_min.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.labels import write_labels
 from steerling_min.losses import lifted_tokens
 from steerling_min.model import pick_device
-from steerling_min.objective import PARTS, STRENGTHS, Draws, Objective, draw_injections
+from steerling_min.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
 
@@ -50,7 +50,7 @@ STEPS = 10_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of tok_emb's first weights
 DROPOUT = 0.5        # residual dropout: the share of windows that lose epsilon, at the end
-STEER_FROM = 0.6     # concepts are injected in what comes after this part of training
+STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
 
@@ -108,14 +108,12 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     # of the windows from the start: held-out loss 3.74 after 250 steps, not 3.38). So it grows.
     dropout = 0.0 if "dropout" in args.without else DROPOUT * progress
     dropped = torch.rand(B, generator=generator) < dropout
-    concept, where = draw_injections(batch, generator)
-    low, high = STRENGTHS
-    strength = low + (high - low) * torch.rand(B, generator=generator)
+    injected, strength = draw_injections(batch, generator)
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
-    return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], concept[mine],
-                 strength[mine], (where & masked)[mine] if steering else None)
+    injected = injected.masked_fill(~masked, -1)[mine] if steering else None
+    return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
 def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
@@ -123,7 +121,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
 
     Every schedule follows `progress`, from 0 to 1.
     """
-    config, device = model.config, model.transformer.tok_emb.weight.device
+    config, device = model.config, model.device
     must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
     settings = {"config": config.to_dict(), "text": [str(file) for file in args.text or []],
                 **{name: getattr(args, name) for name in must_match}}

@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .quantize import make_room, quantize_rows
+
 TINY = Path(__file__).parent / "tiny"  # the bundled checkpoint
 INDEX = "model.safetensors.index.json"
 TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
@@ -124,9 +126,10 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, int8: bool) -> None:
     """Raise ValueError, with the gigabytes missing, when the weights cannot fit on the device."""
-    need = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    need = sum(parameter.numel() * (1 if int8 and parameter.dim() == 2 else dtype.itemsize)
+               for parameter in model.parameters())
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     elif device.type == "cpu" and Path("/proc/meminfo").is_file():
@@ -137,30 +140,48 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype) -
         return  # the system does not say
     if need > free:
         raise ValueError(
-            f"the weights take {need / 1e9:.1f} GB in {dtype} and {free / 1e9:.1f} GB are free on "
-            f"{device}: {(need - free) / 1e9:.1f} GB short; bfloat16 takes half of float32")
+            f"the weights take {need / 1e9:.1f} GB in {'int8' if int8 else dtype} and "
+            f"{free / 1e9:.1f} GB are free on {device}: {(need - free) / 1e9:.1f} GB short; "
+            "bfloat16 takes half of float32, and --quantize int8 half of that")
 
 
-def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
+                 int8: bool = False) -> None:
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
 
     The files are memory-mapped: on the CPU, in the stored dtype, the parameters *are* the mapped
-    file, so that nothing is copied and a page is read when it is first used.
+    file, so that nothing is copied and a page is read when it is first used. With int8 a matrix is
+    quantized as soon as it is read.
     """
     found = match_tensors(model, weight_files(folder))
-    require_memory(model, device, dtype)
+    require_memory(model, device, dtype, int8)
+    if int8:
+        make_room(model, dtype)
     place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
     state = {}
     for file in sorted(set(found.values())):
         with safe_open(file, framework="pt", device=place) as f:
             for name in f.keys():
-                state[name] = f.get_tensor(name).to(dtype)
-    tied = [state.pop(name) for name in (TOK_EMB, LM_HEAD) if name in state]
-    if len(tied) == 2 and not torch.equal(*tied):
-        raise ValueError(f"{folder} stores different matrices for {TOK_EMB} and {LM_HEAD}, "
-                         "which this model ties")
-    model.load_state_dict({**state, TOK_EMB: tied[0]}, strict=False, assign=True)
-    model.transformer.lm_head.weight = model.transformer.tok_emb.weight
+                tensor = f.get_tensor(name).to(dtype)
+                if int8 and tensor.dim() == 2:
+                    stem = name.removesuffix("weight")
+                    state[stem + "int8"], state[stem + "scale"] = quantize_rows(tensor)
+                else:
+                    state[name] = tensor
+    for name in [name for name in state if name.startswith("transformer.lm_head.")]:
+        tensor, twin = state.pop(name), name.replace("lm_head", "tok_emb")
+        if not torch.equal(tensor, state.setdefault(twin, tensor)):
+            raise ValueError(f"{folder} stores different matrices for {TOK_EMB} and {LM_HEAD}, "
+                             "which this model ties")
+    model.load_state_dict(state, strict=False, assign=True)
+    tie(model)
+
+
+def tie(model: nn.Module) -> None:
+    """Make lm_head and tok_emb hold one and the same matrix."""
+    lm_head, tok_emb = model.transformer.lm_head, model.transformer.tok_emb
+    for name, tensor in [*tok_emb.named_parameters(), *tok_emb.named_buffers()]:
+        setattr(lm_head, name, tensor)
 
 
 @contextmanager
@@ -176,6 +197,9 @@ def replacing(file: Path) -> Iterator[Path]:
 
 def save(model: nn.Module, folder: Path) -> None:
     """Write model.safetensors and config.json; each appears whole or not at all."""
+    if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
+        raise ValueError("a quantized model is not saved: its weights are in the checkpoint that "
+                         "it was read from")
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a sharded checkpoint ({INDEX}); save to another folder")
     folder.mkdir(parents=True, exist_ok=True)

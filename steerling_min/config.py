@@ -103,7 +103,7 @@ class Config:
         return cls(
             n_layers=4, n_head=4, n_kv_heads=2, n_embd=128, block_size=256, diff_block_size=16,
             n_concepts=24, topk_known=6, topk_known_features=6,
-            n_unknown_concepts=96, unknown_topk=24, factorize_rank=64,
+            n_unknown_concepts=512, unknown_topk=96, factorize_rank=96,
             vocab_size=vocab_size, eos_token_id=vocab_size - 5, pad_token_id=vocab_size - 4,
             bos_token_id=vocab_size - 3, endofchunk_token_id=vocab_size - 2,
             mask_token_id=vocab_size - 1,

@@ -112,8 +112,7 @@ def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequen
     """
     if len(continuation) == 0:
         raise ValueError("the continuation is empty: there is nothing to score")
-    tokens = torch.tensor([[*prompt, *continuation]],
-                          device=model.transformer.tok_emb.weight.device)
+    tokens = torch.tensor([[*prompt, *continuation]], device=model.device)
     generator = torch.Generator().manual_seed(seed)
     bound = likelihood_bound(model, tokens, len(prompt), samples, generator)
     return -bound.item() * len(continuation)
@@ -258,7 +257,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     cache = None
     if use_cache:
         rows = 2 * B if cfg_scale > 0 else B
-        cache = KVCache.empty(config, rows, T, like=model.transformer.tok_emb.weight)
+        cache = KVCache.empty(config, rows, T, like=model.transformer.ln_f.weight)
     active = torch.ones(B, dtype=torch.bool, device=device)  # rows still being written
 
     spans = [(L, T)] if order == "global" else windows(L, T - L, config.diff_block_size, align)
@@ -327,7 +326,7 @@ def special_roles(config: Config, order: str, allow_eos: bool, stop_tokens: Sequ
 def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
                  max_new_tokens: int | None) -> tuple[Tensor, int]:
     """Check the prompts and put the masks behind them: tokens (B, L + new) and L."""
-    config, device = model.config, model.transformer.tok_emb.weight.device
+    config, device = model.config, model.device
     if not isinstance(prompt_tokens, Tensor):
         lengths = sorted({len(row) for row in prompt_tokens})
         if len(lengths) > 1:

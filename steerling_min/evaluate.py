@@ -50,7 +50,7 @@ MEASURES = {  # what is measured: its target
 @torch.no_grad()
 def held_out_loss(model: Steerling, batch: Batch) -> float:
     """The token loss on windows that training never reads, with the same noise every time."""
-    config, device = model.config, model.transformer.tok_emb.weight.device
+    config, device = model.config, model.device
     generator = torch.Generator().manual_seed(0)
     t = noise_levels(*batch.tokens.shape, config.diff_block_size, generator)
     noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
@@ -116,8 +116,7 @@ def language(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
     return {"sentences in the grammar": share(right), "hero's name kept": share(kept)}
 
 
-def likelihood(model: Steerling, tokenizer: Tokenizer, n: int, device: torch.device
-               ) -> dict[str, float]:
+def likelihood(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]:
     """The bound on stories' -log p, given <|bos|>, and its ratio to the grammar's entropy.
 
     What the model loses to the grammar on the same stories is added to the exact entropy: the mean
@@ -127,7 +126,7 @@ def likelihood(model: Steerling, tokenizer: Tokenizer, n: int, device: torch.dev
     lost, bounds, n_tokens = [], [], 0
     for _ in range(n):
         story = world.write_story(rng)
-        tokens = torch.tensor([tokens_of(story, tokenizer)], device=device)
+        tokens = torch.tensor([tokens_of(story, tokenizer)], device=model.device)
         new = tokens.shape[1] - 1  # all but <|bos|>
         bound = likelihood_bound(model, tokens, 1, 8, generator).item() * new
         lost.append(bound + story.log_prob)
@@ -157,7 +156,7 @@ def covariance(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def concepts(model: Steerling, stream: Stream, device: torch.device, n: int) -> dict[str, float]:
+def concepts(model: Steerling, stream: Stream, n: int) -> dict[str, float]:
     """Detection, share, the weight of epsilon, and independence, on n held-out windows."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     T, C = config.block_size, config.n_concepts
@@ -172,13 +171,13 @@ def concepts(model: Steerling, stream: Stream, device: torch.device, n: int) -> 
         for name, t in (("clean", 0.0), ("0.15", 0.15), ("0.5", 0.5), ("uniform", None)):
             level = uniform if t is None else torch.full((8, T), t)
             noisy, masked = corrupt(batch.tokens, level, config.mask_token_id, generator)
-            out = model(noisy.to(device))
+            out = model(noisy.to(model.device))
             if name in ("clean", "0.5"):
                 logits = model.known_head.logits(out.hidden).cpu()
                 add("p " + name, -log_absent(logits, batch.chunks, len(batch.labels)), batch.labels)
             if name == "clean":
                 continue
-            y = batch.tokens[masked].to(device)
+            y = batch.tokens[masked].to(model.device)
             without_epsilon = model.transformer.lm_head((out.known + out.unknown)[masked])
             add("right " + name, out.logits[masked].argmax(-1) == y,
                 without_epsilon.argmax(-1) == y)
@@ -229,7 +228,8 @@ def topic_share(model: Steerling, tokenizer: Tokenizer, steer, neutral: bool, n:
                 prompt += tokenizer.encode(split_sentences(first.text)[0])
             else:
                 prompt += tokenizer.encode(first.text) + [tokenizer.endofchunk_token_id]
-            for chunk in new_chunks(*write(model, tokenizer, prompt, 32, i, steer(topic))):
+            texts = write(model, tokenizer, prompt, 32, n * topic + i, steer(topic))
+            for chunk in new_chunks(*texts):
                 shown = [recognise(sentence) for sentence in chunk]
                 right += [concepts is not None for concepts in shown]
                 carry.append(any(topic in concepts for concepts in shown if concepts))
@@ -261,11 +261,10 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
     if model.config.n_concepts != len(CONCEPTS):
         raise ValueError(f"{folder} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
-    place = model.transformer.tok_emb.weight.device
     stream = pack(endless_stories(HELD_OUT), tokenizer, len(CONCEPTS),
                   64 * model.config.block_size)
-    return {**language(model, tokenizer, 100), **likelihood(model, tokenizer, 100, place),
-            **concepts(model, stream, place, 64), **steering(model, tokenizer, 8)}
+    return {**language(model, tokenizer, 100), **likelihood(model, tokenizer, 100),
+            **concepts(model, stream, 64), **steering(model, tokenizer, 8)}
 
 
 def print_table(columns: dict[str, dict[str, float]]) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .config import Config
 
 MAX_LOGIT = 15.0  # concept logits are clamped to +- this
+TOKENS = 256      # tokens whose concept logits are held at a time; the 8B has 0.5 MB for each
 
 
 def rows(n: int, multiple: int) -> int:
@@ -39,6 +40,12 @@ def weighted_sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return bags.view(*ids.shape[:-1], -1)
 
 
+def dot_products(table: Tensor, ids: Tensor, y: Tensor) -> Tensor:
+    """table[ids] . y without holding all gathered rows: table (rows, E), ids (n, k), y (n, E) ->
+    (n, k)."""
+    return torch.stack([(table[column] * y).sum(-1) for column in ids.T], dim=1)
+
+
 class KnownHead(nn.Module):
     """Concepts with names: a linear predictor, and an embedding for each."""
 
@@ -50,7 +57,7 @@ class KnownHead(nn.Module):
         self.concept_embedding = nn.Embedding(stored, config.n_embd)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, D) -> (B, T, C) float32 in [-15, 15], the padding rows left out."""
+        """hidden (..., D) -> (..., C) float32 in [-15, 15], the padding rows left out."""
         predictor = self.concept_predictor.weight[: self.n_concepts]  # (C, D)
         return F.linear(hidden, predictor).float().clamp(-MAX_LOGIT, MAX_LOGIT)
 
@@ -60,7 +67,7 @@ class KnownHead(nn.Module):
 
     def alignment(self, ids: Tensor, y: Tensor) -> Tensor:
         """ids (n, k), y (n, D) -> (n, k): each concept's embedding . y."""
-        return torch.einsum("nkd,nd->nk", self.concept_embedding(ids), y)
+        return dot_products(self.concept_embedding.weight, ids, y)
 
 
 class UnknownHead(nn.Module):
@@ -77,8 +84,8 @@ class UnknownHead(nn.Module):
         self.embedding_basis = nn.Linear(r, config.n_embd, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, D) -> (B, T, C) float32 in [-15, 15], through z of r numbers per token."""
-        z = self.predictor_down(hidden)  # (B, T, r)
+        """hidden (..., D) -> (..., C) float32 in [-15, 15], through z of r numbers per token."""
+        z = self.predictor_down(hidden)  # (..., r)
         return F.linear(z, self.predictor_up.weight[: self.n_concepts]).float().clamp(
             -MAX_LOGIT, MAX_LOGIT)
 
@@ -88,7 +95,7 @@ class UnknownHead(nn.Module):
 
     def alignment(self, ids: Tensor, y: Tensor) -> Tensor:
         """ids (n, k), y (n, D) -> (n, k): each concept's embedding . y, through r numbers."""
-        return torch.einsum("nkr,nr->nk", self.embedding_coef(ids), y @ self.embedding_basis.weight)
+        return dot_products(self.embedding_coef.weight, ids, y @ self.embedding_basis.weight)
 
 
 def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
@@ -107,6 +114,17 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
     return ids, weights
 
 
+def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
+
+    The logits of all concepts exist for TOKENS tokens at a time only.
+    """
+    found = [head.logits(part).topk(head.topk, dim=-1)
+             for part in hidden.flatten(0, 1).split(TOKENS)]  # (TOKENS, k) each
+    logits, ids = (torch.cat(x).view(*hidden.shape[:-1], -1) for x in zip(*found))
+    return logits, ids
+
+
 def apply_head(head: KnownHead | UnknownHead, hidden: Tensor, edits: dict[int, float] | None,
                positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a head makes of hidden (B, T, D).
@@ -114,7 +132,7 @@ def apply_head(head: KnownHead | UnknownHead, hidden: Tensor, edits: dict[int, f
     Returns the ids and logits (B, T, k) of its top-k concepts, largest logit first, and its
     features (B, T, D) without and with the edits; a concept's weight is sigmoid(logit).
     """
-    logits, ids = head.logits(hidden).topk(head.topk, dim=-1)  # (B, T, k), sorted
+    logits, ids = top_concepts(head, hidden)  # (B, T, k)
     weights = logits.sigmoid()
     plain = edited = head.features(ids, weights)  # (B, T, D)
     if edits:

@@ -48,36 +48,36 @@ class Labels:
                    and wanted <= words_of(f"{x.name} {x.description}")]
         return by_name + by_text
 
-    def resolve(self, query: str) -> int:
-        """The id of a concept given by number or by name (in any case).
+    def resolve(self, query: str) -> tuple[int, ...]:
+        """The ids that a query names: a number, a name or a group's name (in any case), or several
+        of these joined by "+". A name comes before a group.
 
         Raises ValueError for a number out of range, a name that two concepts share, or a name that
         none has: with the closest ones.
         """
+        wanted = query.casefold()
         if re.fullmatch(r"-?\d+", query):
             concept = int(query)
             if not 0 <= concept < self.n_concepts:
                 raise ValueError(f"concept {concept} does not exist; "
                                  f"ids are 0 to {self.n_concepts - 1}")
-            return concept
-        same = [x.id for x in self.by_id.values() if x.name.casefold() == query.casefold()]
+            return (concept,)
+        same = tuple(x.id for x in self.by_id.values() if x.name.casefold() == wanted)
         if len(same) > 1:
             raise ValueError(f"concepts {', '.join(map(str, same))} are all called {query!r}: "
                              "give a number")
-        if not same:
-            names = {x.name.casefold(): x.name for x in self.by_id.values()}
-            close = [x.name for x in self.find(query)]
-            close += [names[n] for n in difflib.get_close_matches(query.casefold(), names, 5)]
-            hint = ", ".join(list(dict.fromkeys(close))[:5])
-            raise ValueError(f"no concept is called {query!r}" + (
-                f"; close: {hint}" if hint else "; numbers do as well"))
-        return same[0]
-
-    def group(self, concept: int) -> tuple[int, ...]:
-        """The other concepts of a concept's group; none where it has no group."""
-        group = self.by_id[concept].group if concept in self.by_id else ""
-        return tuple(x.id for x in self.by_id.values() if group and x.group == group
-                     and x.id != concept)
+        group = tuple(x.id for x in self.by_id.values() if x.group and x.group.casefold() == wanted)
+        if same or group:
+            return same or group
+        if "+" in query:
+            parts = [self.resolve(part) for part in query.split("+")]
+            return tuple(dict.fromkeys(concept for part in parts for concept in part))
+        names = {x.name.casefold(): x.name for x in self.by_id.values()}
+        close = [x.name for x in self.find(query)]
+        close += [names[n] for n in difflib.get_close_matches(wanted, names, 5)]
+        hint = ", ".join(list(dict.fromkeys(close))[:5])
+        raise ValueError(f"no concept is called {query!r}" + (
+            f"; close: {hint}" if hint else "; numbers do as well"))
 
 
 def load_labels(file: Path, n_concepts: int) -> Labels:

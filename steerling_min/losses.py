@@ -15,7 +15,7 @@ are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for express (`objective.EXPRESS`). Letters: B windows, T tokens, D width, C known
+are 1, but for two of them (`objective.py`). Letters: B windows, T tokens, D width, C known
 concepts, N chunks, V vocabulary.
 """
 
@@ -126,14 +126,14 @@ def unknown_forcing(progress: float) -> float:
 # ---- the steering losses (last part of training) -------------------------------------------------
 
 
-def respond_loss(logits: Tensor, concept: Tensor, injected: Tensor) -> Tensor:
+def respond_loss(logits: Tensor, injected: Tensor) -> Tensor:
     """Where a concept's direction is injected, the known head must see it: mean of -log p_c.
 
-    Args: logits (B, T, C) of the known head; concept (B,) int64, what was injected into each
-    window; injected (B, T) bool, where.
+    Args: logits (B, T, C) of the known head; injected (B, T) int64, the concept injected at each
+    token, or -1 for none.
     """
-    c = concept[:, None, None].expand(-1, logits.shape[1], 1)  # (B, T, 1)
-    return mean(-F.logsigmoid(logits.gather(2, c)[..., 0][injected]))
+    at = injected >= 0
+    return mean(-F.logsigmoid(logits[at].gather(1, injected[at][:, None])))
 
 
 def lifted_tokens(counts: Tensor, threshold: float = 2.0) -> Tensor:
@@ -146,17 +146,15 @@ def lifted_tokens(counts: Tensor, threshold: float = 2.0) -> Tensor:
     return shares[:-1] > threshold * shares[-1]
 
 
-def express_loss(token_logits: Tensor, rows: Tensor, concept: Tensor, lifted: Tensor) -> Tensor:
+def express_loss(token_logits: Tensor, chunks: Tensor, concept: Tensor, lifted: Tensor) -> Tensor:
     """Where a concept is injected, the text must show it: -log of the lifted tokens' probability.
 
-    The probability is averaged over each window's injected positions before the logarithm is
-    taken: some of a text's words are to show the concept, not every one.
+    The probability is averaged over each chunk's injected positions before the logarithm is taken:
+    some of a text's words are to show the concept, not every one.
 
-    Args: token_logits (M, V) at the injected positions of all windows; rows (M,) int64, the
-    window of each; concept (B,) int64, what was injected into it; lifted (C, V) bool.
+    Args: token_logits (M, V) at the injected positions of all chunks; chunks (M,) int64, the chunk
+    of each; concept (M,) int64, what was injected; lifted (C, V) bool.
     """
-    probabilities = token_logits.float().softmax(-1)  # (M, V)
-    mass = (probabilities * lifted[concept[rows]]).sum(-1)  # (M,)
-    sums = mass.new_zeros(len(concept)).index_add(0, rows, mass)  # (B,)
-    n = torch.bincount(rows, minlength=len(concept))
-    return mean(-torch.log((sums / n)[n > 0] + 1e-6))
+    mass = (token_logits.float().softmax(-1) * lifted[concept]).sum(-1)  # (M,)
+    _, group, n = chunks.unique(return_inverse=True, return_counts=True)
+    return mean(-torch.log(mass.new_zeros(len(n)).index_add(0, group, mass) / n + 1e-6))

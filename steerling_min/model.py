@@ -38,6 +38,15 @@ class Steerling(nn.Module):
                 scale = 1 / math.sqrt(2 * config.n_layers) if ends_branch else 1.0
                 nn.init.normal_(parameter, std=0.02 * scale)
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.ln_f.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.transformer.ln_f.weight.dtype
+
     def forward(self, tokens: Tensor, known: dict[int, float] | None = None,
                 unknown: dict[int, float] | None = None, epsilon: str = "drop",
                 positions: Tensor | None = None, injection: Tensor | None = None,
@@ -75,16 +84,17 @@ class Steerling(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> "Steerling":
+                        dtype: torch.dtype = torch.float32, int8: bool = False) -> "Steerling":
         """Read config.json and the weights of a checkpoint folder, in either published layout.
 
+        int8: keep matrices in a byte per weight (`quantize.py`).
         Raises FileNotFoundError or ValueError with one line that says what is wrong.
         """
         folder = Path(folder)
         config = Config.load(checkpoint.require_file(folder, "config.json"))
         with torch.device("meta"):  # shapes only: nothing is allocated until it is read
             model = cls(config)
-        checkpoint.load_weights(model, folder, torch.device(device), dtype)
+        checkpoint.load_weights(model, folder, torch.device(device), dtype, int8)
         return model.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -92,13 +102,13 @@ class Steerling(nn.Module):
         checkpoint.save(self, Path(folder))
 
 
-def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None
-         ) -> tuple[Steerling, Tokenizer]:
+def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None,
+         int8: bool = False) -> tuple[Steerling, Tokenizer]:
     """A model and its tokenizer, ready to generate.
 
     path: a checkpoint folder, a hub id in the local Hugging Face cache, or None for the bundled
     tiny model. device "auto" takes cuda, else mps, else cpu. dtype None is bfloat16 on cuda and
-    float32 elsewhere.
+    float32 elsewhere. int8: keep matrices in a byte per weight (`quantize.py`).
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
@@ -116,7 +126,7 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     chosen = pick_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return Steerling.from_pretrained(folder, chosen, dtype), tokenizer
+    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -13,34 +13,33 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tenso
     A positive logit is divided by the penalty, any other multiplied (CTRL, arXiv 1909.05858).
     Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns (m, V).
     """
-    seen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    seen[tokens] = True
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    seen = logits[:, tokens]  # (m, T); only these columns change, out of a large vocabulary
+    seen = torch.where(seen > 0, seen / penalty, seen * penalty)
+    return logits.index_copy(1, tokens, seen)  # the same value, where a token stands twice
 
 
 def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
     """A temperature that follows the model's doubt: 0.3 when it is sure, up to 0.7 when not.
 
-    p = softmax(logits); k = max(2, 1 + how many of the sorted cumulative probabilities are at
-    most top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
-    Args: logits (V,). Returns a scalar tensor, so that no device has to be waited for.
+    p = softmax(logits); k = max(2, 1 + how many of the cumulative probabilities are at most
+    top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
+    Args: logits (V,), sorted, largest first. Returns a scalar tensor, so that no device has to be
+    waited for.
     """
     p = logits.softmax(-1)
-    cumulative = p.sort(descending=True).values.cumsum(-1)
-    k = (1 + (cumulative <= top_p).sum()).clamp(min=2)
+    k = (1 + (p.cumsum(-1) <= top_p).sum()).clamp(min=2)
     entropy = torch.special.entr(p).sum()  # -sum p ln p, 0 where p is 0
     return 0.3 + 0.4 * (entropy / k.log()).clamp(max=1.0)
 
 
-def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+def nucleus(p: Tensor, top_p: float) -> Tensor:
     """Top-p filtering (arXiv 1904.09751): drop the tail of the distribution.
 
-    Sorted tokens are kept while the probability *before* them is at most top_p, so the first
-    always is. Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and token ids.
+    A token is kept while the probability *before* it is at most top_p, so the first always is.
+    Args: p (V,), sorted, largest first. Returns p (V,) with zeros where dropped.
     """
-    p, ids = p.sort(descending=True)
     before = p.cumsum(-1) - p
-    return p.where(before <= top_p, 0.0), ids
+    return p.where(before <= top_p, 0.0)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: bool,
@@ -50,11 +49,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: b
     Entropy sampling chooses the temperature itself; otherwise temperature 0 is greedy. One
     torch.multinomial draw on the sorted nucleus: the official package's, so seeds agree.
     """
+    if temperature == 0 and not entropy_sampling:
+        return logits.argmax()
+    logits, ids = logits.sort(descending=True)
     if entropy_sampling:
         temperature = entropy_temperature(logits, top_p)
-    elif temperature == 0:
-        return logits.argmax()
-    p, ids = nucleus((logits / temperature).softmax(-1), top_p)
+    p = nucleus((logits / temperature).softmax(-1), top_p)
     return ids[torch.multinomial(p, 1, generator=generator)[0]]
 
 

@@ -128,8 +128,7 @@ class Steerer:
         for layer, cutoff, vector in self.injections:
             active = masked if cutoff is None else masked & (committed < cutoff)[:, None]
             found[layer] = found.get(layer, 0.0) + active[..., None] * vector
-        dtype = self.model.transformer.tok_emb.weight.dtype
-        return {layer: x.to(dtype) for layer, x in found.items()}
+        return {layer: x.to(self.model.dtype) for layer, x in found.items()}
 
     def compose(self, hidden: Tensor) -> Tensor:
         """hidden (M, D) -> composed (M, D) under the interventions; hidden itself without any."""

@@ -351,13 +351,15 @@ def set_meminfo(monkeypatch, text):
 def test_too_little_memory_is_said_in_gigabytes_before_loading(monkeypatch):
     with torch.device("meta"):
         model = Steerling(CONFIG)
-        model.weights = torch.nn.Parameter(torch.empty(8_000_000_000))
+        model.weights = torch.nn.Parameter(torch.empty(8_000_000, 1_000))
     set_meminfo(monkeypatch, "MemTotal: 99999999 kB\nMemAvailable: 16000000 kB\n")
     with pytest.raises(ValueError, match="32.0 GB in torch.float32 and 16.4 GB are free on cpu: "
                                          "15.6 GB short"):
-        checkpoint.require_memory(model, torch.device("cpu"), torch.float32)
+        checkpoint.require_memory(model, torch.device("cpu"), torch.float32, False)
     set_meminfo(monkeypatch, "MemAvailable: 16000000 kB\n")
-    checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16)  # 16.0 of 16.4 GB
+    checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, False)  # 16.0 of 16.4 GB
+    set_meminfo(monkeypatch, "MemAvailable: 8000000 kB\n")
+    checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)  # 8.0 of 8.2 GB
 
 
 def test_loading_asks_for_memory_first(folder, monkeypatch):

@@ -60,7 +60,7 @@ def test_the_bundled_model_is_the_trained_one():
     model, tokenizer = load()
     found = evaluate.language(model, tokenizer, 4)
     assert found["sentences in the grammar"] >= 0.9
-    found = evaluate.likelihood(model, tokenizer, 4, torch.device("cpu"))
+    found = evaluate.likelihood(model, tokenizer, 4)
     assert found["likelihood bound / entropy"] < 1.3
     rng = random.Random(1)
     stream = evaluate.pack((world.write_story(rng).chunks for _ in iter(int, 1)), tokenizer, 24,

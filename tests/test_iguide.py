@@ -1,10 +1,14 @@
 """The concept layer: which concepts are kept, what they add up to, what an edit changes."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import CONFIG, close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerling_min.iguide import KnownHead, UnknownHead, decompose, set_weights, weighted_sum
+from steerling_min.iguide import (TOKENS, KnownHead, UnknownHead, decompose, set_weights,
+                                  weighted_sum)
 
 
 def heads():
@@ -40,6 +44,35 @@ def test_the_largest_logits_are_kept_largest_first():
         assert ids.shape == (2, 5, 2), "top-k: topk_known_features and unknown_topk, both 2 here"
         assert torch.equal(logits, every.sort(descending=True).values[..., :2])
         assert torch.equal(logits, every.gather(-1, ids)), "ids and logits belong together"
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation inside it makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_a_long_text_never_has_the_logits_of_all_concepts_at_once():
+    config = dataclasses.replace(CONFIG, n_concepts=1000, n_unknown_concepts=1000)
+    known, unknown = KnownHead(config), UnknownHead(config)
+    hidden = torch.randn(2, 4 * TOKENS, 32, generator=torch.Generator().manual_seed(0))
+    with Largest() as largest, torch.no_grad():
+        parts = decompose(hidden, known, unknown)
+    assert largest.numel == TOKENS * 1000, (
+        "4096 tokens of the 8B would be 1.7 GB of unknown logits, and more copies of it")
+    alone = decompose(hidden[1:, -3:], known, unknown)
+    assert torch.equal(parts.unknown_ids[1:, -3:], alone.unknown_ids), "slices in their order"
+    close(parts.known[1:, -3:], alone.known, "a token's concepts do not depend on other tokens")
+    with Largest() as largest, torch.no_grad():
+        known.alignment(parts.known_ids.flatten(0, 1), hidden.flatten(0, 1))
+    assert largest.numel == hidden.numel(), "embeddings are gathered one concept of each at a time"
 
 
 def test_logits_are_clamped_to_15():

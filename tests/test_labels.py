@@ -25,7 +25,7 @@ def test_names_come_before_descriptions_and_words_are_whole():
 
 def test_a_concept_is_found_by_number_or_by_name():
     found = [LABELS.resolve(query) for query in ("7", "SEA", "deep sea")]
-    assert found == [7, 0, 2]
+    assert found == [(7,), (0,), (2,)]
 
 
 @pytest.mark.parametrize("query, message", [
@@ -39,8 +39,15 @@ def test_what_is_no_concept_is_said_with_what_may_be_meant(query, message):
         LABELS.resolve(query)
 
 
-def test_a_group_is_the_others_of_the_same_name():
-    assert LABELS.group(0) == (1, 2) and LABELS.group(3) == () and LABELS.group(8) == ()
+def test_several_concepts_are_named_by_their_group_or_joined_by_plus():
+    assert LABELS.resolve("Topic") == (0, 1, 2), "the name of a group"
+    assert LABELS.resolve("storm+7+sea") == (1, 7, 0), "in the order given: the first leads"
+    assert LABELS.resolve("storm+topic") == (1, 0, 2), "each once"
+    with pytest.raises(ValueError, match="no concept is called 'strom'; close: storm"):
+        LABELS.resolve("sea+strom")
+    odd = Labels([Label(0, "C++"), Label(1, "mood", "", "x"), Label(2, "sad", "", "mood")], 3)
+    assert odd.resolve("C++") == (0,), "a name may have a plus in it"
+    assert odd.resolve("mood") == (1,), "a concept's name comes before a group's"
 
 
 def test_a_concept_without_a_label_goes_by_its_number():
@@ -62,8 +69,8 @@ def test_no_file_is_no_labels(tmp_path):
 
 def test_the_bundled_model_names_its_concepts():
     labels = labels_beside(TINY, load()[0].config.n_concepts)
-    assert len(labels.by_id) == 24 and labels.resolve("sea") == 0
-    assert labels.group(0) == tuple(range(1, 8)), "the topics"
+    assert len(labels.by_id) == 24 and labels.resolve("sea") == (0,)
+    assert labels.resolve("topic") == tuple(range(8))
 
 
 HEAD = "concept_id,concept_name\n"
@@ -99,7 +106,7 @@ def test_parquet_is_read_with_pyarrow(tmp_path):
         "head": ["known", "known"], "public_group_id": [7, 7], "group_name": ["topic", "topic"],
         "is_steerable": [True, True]}), file)
     labels = labels_beside(tmp_path, 2)
-    assert labels.resolve("sea") == 0 and labels.group(0) == (1,)
+    assert labels.resolve("sea") == (0,) and labels.by_id[1].group == labels.by_id[0].group
     file.write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match="is not a parquet file"):
         load_labels(file, 2)

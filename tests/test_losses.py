@@ -169,15 +169,15 @@ def test_the_trap_both_sides_forced_is_hidden_again():
 
 
 def test_respond_is_the_surprise_of_the_injected_concept_where_it_is_injected():
-    logits, concept = normal(B, T, C).requires_grad_(), torch.tensor([3, 1])
-    injected = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
-    at = [(0, 0, 3), (0, 2, 3), (1, 5, 1)]
+    logits = normal(B, T, C).requires_grad_()
+    injected = torch.tensor([[3, -1, 2, -1, -1, -1], [-1, -1, -1, -1, -1, 1]])
+    at = [(0, 0, 3), (0, 2, 2), (1, 5, 1)]
     expected = sum(-math.log(logits[i].sigmoid().item()) for i in at) / 3
-    loss = respond_loss(logits, concept, injected)
+    loss = respond_loss(logits, injected)
     assert loss.item() == pytest.approx(expected)
     loss.backward()
     assert int((logits.grad != 0).sum()) == 3
-    assert respond_loss(logits, concept, injected & False).item() == 0.0
+    assert respond_loss(logits, torch.full_like(injected, -1)).item() == 0.0
 
 
 def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all():
@@ -186,13 +186,13 @@ def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all
         "0.8 / 0.3 > 2; 0.8 / 0.4 is not above 2")
 
 
-def test_express_averages_the_lifted_mass_of_a_sequence_before_the_logarithm():
-    logits, rows = normal(4, V), torch.tensor([0, 0, 0, 1])
-    concept, lifted = torch.tensor([2, 0]), normal(C, V) > 0
+def test_express_averages_the_lifted_mass_of_a_chunk_before_the_logarithm():
+    logits, chunks = normal(4, V), torch.tensor([3, 3, 3, 5])
+    concept, lifted = torch.tensor([2, 2, 2, 0]), normal(C, V) > 0
     p = logits.softmax(-1)
-    mass = [sum(p[m, v].item() for v in range(V) if lifted[concept[rows[m]], v]) for m in range(4)]
+    mass = [sum(p[m, v].item() for v in range(V) if lifted[concept[m], v]) for m in range(4)]
     expected = (-math.log(sum(mass[:3]) / 3) - math.log(mass[3])) / 2
-    found = express_loss(logits, rows, concept, lifted).item()
+    found = express_loss(logits, chunks, concept, lifted).item()
     assert found == pytest.approx(expected, abs=1e-4)
-    nowhere = express_loss(logits[:0], rows[:0], concept, lifted)
+    nowhere = express_loss(logits[:0], chunks[:0], concept[:0], lifted)
     assert nowhere.item() == 0.0, "nothing is injected anywhere"

@@ -9,8 +9,10 @@ from conftest import CONFIG
 
 from steerling_min import Steerling
 from steerling_min.data import Batch
-from steerling_min.losses import compose, presence_loss
-from steerling_min.objective import EXPRESS, PARTS, Draws, Objective, draw_injections
+from steerling_min.losses import compose, presence_loss, reconstruction_loss
+from steerling_min.objective import (EXPRESS, INJECTED, PARTS, RECONSTRUCTION, STRENGTHS, Draws,
+                                     Objective, draw_injections, labels_of_tokens)
+from steerling_min.steering import Steerer, Steering
 
 T = 12
 BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_seed(1)),
@@ -20,7 +22,8 @@ BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_se
 MASKED = torch.rand(2, T, generator=torch.Generator().manual_seed(2)) < 0.5
 NOISY = BATCH.tokens.masked_fill(MASKED, CONFIG.mask_token_id)
 LEVEL = torch.full((2, T), 0.5)
-STRENGTH = torch.tensor([8.0, 6.0])
+INJECT = torch.where(MASKED, torch.tensor([[1], [3]]), -1)  # concept 1 in one window, 3 in other
+STRENGTH = torch.tensor([[8.0], [6.0]]).expand(2, T)
 NOWHERE = torch.tensor([False, False])
 HEADS = ("known_head.concept_embedding", "known_head.concept_predictor",
          "unknown_head.predictor_down", "unknown_head.predictor_up",
@@ -39,7 +42,7 @@ def model():
 
 def losses(model, dropped=NOWHERE, progress=0.3, injected=None, without=(), batch=BATCH):
     objective = Objective(model, list(without), torch.ones(8, 20, dtype=torch.bool))
-    draws = Draws(batch, NOISY, MASKED, LEVEL, dropped, torch.tensor([1, 3]), STRENGTH, injected)
+    draws = Draws(batch, NOISY, MASKED, LEVEL, dropped, injected, STRENGTH)
     return objective(draws, progress)
 
 
@@ -88,18 +91,22 @@ def test_each_concept_loss_reaches_its_own_head_and_the_backbone_below(model):
         assert "transformer.blocks.0.attn.c_attn" in reached(model, loss), f"{name} stops at a head"
 
 
-def test_losses_weigh_1_but_for_express(model):
+def test_losses_weigh_1_but_for_express_and_reconstruction(model):
     found, hidden = losses(model), model.transformer(NOISY)
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
     torch.testing.assert_close(found["presence"], expected)
+    parts = model(NOISY)
+    labelled = labels_of_tokens(BATCH).float() @ model.known_head.concept_embedding.weight[:8]
+    expected = RECONSTRUCTION * reconstruction_loss(parts.unknown, parts.hidden, labelled)
+    torch.testing.assert_close(found["reconstruction"], expected)
     no_token = torch.zeros(8, 20, dtype=torch.bool)
-    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, torch.tensor([1, 3]), STRENGTH, MASKED)
+    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, INJECT, STRENGTH)
     express = Objective(model, [], no_token)(draws, 0.3)["express"]
     assert express.item() == pytest.approx(-EXPRESS * math.log(1e-6), rel=1e-4)
 
 
 def test_an_injected_direction_trains_its_embedding(model):
-    got = reached(model, losses(model, injected=MASKED)["token"])
+    got = reached(model, losses(model, injected=INJECT)["token"])
     assert got & set(HEADS) == {"known_head.concept_embedding"}, "the token loss reads the vector"
 
 
@@ -118,11 +125,10 @@ def test_composed_is_hidden_where_epsilon_stays(model):
 
 
 def test_injecting_changes_the_state_and_adds_the_steering_losses(model):
-    injected = MASKED.clone()
-    plain, steered = losses(model), losses(model, injected=injected)
+    plain, steered = losses(model), losses(model, injected=INJECT)
     assert steered.keys() - plain.keys() == {"respond", "express"}
     assert plain["token"] != steered["token"], "the model reads what is injected"
-    nothing = losses(model, injected=injected & False)
+    nothing = losses(model, injected=torch.full_like(INJECT, -1))
     assert torch.equal(nothing["token"], plain["token"]) and nothing["respond"] == 0
 
 
@@ -149,26 +155,49 @@ def test_without_labels_only_the_supervised_losses_are_off(model):
         "token", "reconstruction", "independence"}
 
 
-def test_injections_take_a_labelled_concept_and_the_chunks_that_have_it():
+def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end():
     seen = set()
-    for seed in range(60):
-        concept, where = draw_injections(BATCH, torch.Generator().manual_seed(seed))
-        for b in range(2):
-            c = concept[b].item()
-            chunks = [i for i in range(4) if BATCH.labels[i, c] and (BATCH.chunks[b] == i).any()]
-            assert chunks, "the concept is one that the window's chunks have"
-            inside = sum(BATCH.chunks[b] == i for i in chunks).bool()
-            ends = torch.zeros_like(inside)
-            ends[1:] = inside[:-1] & (BATCH.chunks[b, 1:] == -1)
-            expected = inside | ends
-            assert not where[b].any() or torch.equal(where[b], expected)
-            seen.add((b, c, where[b].any().item()))
-    assert seen == {(b, c, on) for b, c in ((0, 0), (0, 1), (0, 2), (1, 3), (1, 4))
-                    for on in (True, False)}, "every concept, injected or not"
+    for seed in range(100):
+        injected, strength = draw_injections(BATCH, torch.Generator().manual_seed(seed))
+        assert STRENGTHS[0] <= strength.min() and strength.max() <= STRENGTHS[1]
+        for n in range(4):
+            b = int((BATCH.chunks[1] == n).any())
+            at = (BATCH.chunks[b] == n).nonzero()[:, 0]
+            end = at[-1] + 1
+            at = [*at, end] if end < T else at  # cut off by the window's edge, or ended
+            assert len(set(injected[b, at].tolist())) == 1, "a chunk and its end have one concept"
+            assert len(set(strength[b, at].tolist())) == 1
+            seen.add((n, injected[b, at[0]].item()))
+        assert injected[0, 0] == -1, "what ends no chunk is left alone"
+    assert seen == {(0, 0), (1, 1), (1, 2), (2, 3), (3, 3), (3, 4), (0, -1), (1, -1), (2, -1),
+                    (3, -1)}, "every concept that a chunk has, or none"
+
+
+def test_a_share_of_the_chunks_is_injected_into():
+    found = []
+    for seed in range(300):
+        injected, _ = draw_injections(BATCH, torch.Generator().manual_seed(seed))
+        found += [bool((injected[BATCH.chunks == n] >= 0).all()) for n in range(4)]
+    assert abs(sum(found) / len(found) - INJECTED) < 0.05
 
 
 def test_without_labels_nothing_is_injected():
-    concept, where = draw_injections(BATCH._replace(labels=BATCH.labels & False), torch.Generator())
-    assert not where.any()
-    concept, where = draw_injections(BATCH._replace(labels=BATCH.labels[:, :0]), torch.Generator())
-    assert not where.any() and concept.tolist() == [0, 0]
+    for labels in (BATCH.labels & False, BATCH.labels[:, :0]):
+        injected, _ = draw_injections(BATCH._replace(labels=labels), torch.Generator())
+        assert (injected == -1).all()
+
+
+def test_a_concepts_own_direction_is_injected_at_its_strength_and_nowhere_else(model):
+    """The vectors that reach the backbone, against `Steering.amplify` of the same concept."""
+    seen = {}
+    forward = model.transformer.forward
+    model.transformer.forward = lambda tokens, injections: (
+        seen.update(injections), forward(tokens, injections))[1]
+    losses(model, injected=INJECT)
+    (layer, vectors), = seen.items()
+    for c, strength in ((1, 8.0), (3, 6.0)):
+        steerer = Steerer(Steering.amplify(c, strength), model)
+        (expected_layer, found), = steerer.vectors(INJECT == c, torch.zeros(2)).items()
+        assert layer == expected_layer
+        torch.testing.assert_close(vectors * (INJECT == c)[..., None], found)
+    assert (vectors[INJECT < 0] == 0).all()

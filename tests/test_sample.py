@@ -67,7 +67,7 @@ def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
                            cwd=tmp_path, env=env)
     assert (piped.returncode, piped.stderr) == (0, "")
     heading, texts, figures = parts(piped.stdout)
-    assert "seed 7" in heading and "1,086,848 parameters, float32, on cpu" in heading
+    assert "seed 7" in heading and "1,181,056 parameters, float32, on cpu" in heading
     assert len(texts) == 1 and texts[0].startswith("abcd ab")
     given = parts(run("--seed", 7).out)
     assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"
@@ -155,6 +155,19 @@ def test_steering_by_name_or_number_changes_the_text(run):
     assert parts(by_name)[1] == parts(by_number)[1] != parts(plain)[1]
     both = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", model=None, new=40).out
     assert parts(both)[1] != parts(by_name)[1], "strengths below 0 keep a concept out"
+
+
+def test_a_group_is_steered_along_one_direction(run):
+    """All moods: by their group's name, or one by one; which is not every mood by itself."""
+    moods = ("happy", "afraid", "sad", "angry", "eager", "proud", "tired", "calm")
+    group = run("--seed", 1, "--steer", "mood=20", model=None, new=40).out
+    joined = run("--seed", 1, "--steer", "+".join(moods) + "=20", model=None, new=40).out
+    assert parts(group)[1] == parts(joined)[1]
+    single = [flag for mood in moods for flag in ("--steer", mood + "=20")]
+    assert parts(run("--seed", 1, *single, model=None, new=40).out)[1] != parts(group)[1]
+    against = run("--seed", 1, "--steer", "mood=-7", model=None, new=40).out
+    assert parts(against)[1] != parts(run("--seed", 1, "--steer", "happy=-7", model=None,
+                                          new=40).out)[1], "all of the group's directions"
 
 
 def test_every_token_is_explained(run):
@@ -255,7 +268,7 @@ def refusal(result) -> str:
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
     (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
-    (["--steer", "3=3", "--steer", "3=-4"], "this concept has a strength already"),
+    (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
     (["--score", ""], "the continuation is empty"),

@@ -132,7 +132,7 @@ def test_a_broken_sentence_is_not_in_the_grammar(broken):
 # ---- stories -------------------------------------------------------------------------------------
 
 def test_hero_friend_place_and_thing_stay_the_same_and_come_back(stories):
-    often = {"hero": 0.95, "friend": 0.9, "place": 0.4, "thing": 0.6}
+    often = {"hero": 0.95, "friend": 0.7, "place": 0.4, "thing": 0.6}
     for slot in often:
         names, again = grammar.STORY_SLOTS[slot], []
         for story in stories[:500]:

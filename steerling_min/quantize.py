@@ -1,0 +1,63 @@
+"""Weight-only int8: one byte per weight instead of two or four, so that the 8B fits a 16 GB card.
+
+Every row of a matrix gets one scale, its largest absolute value over 127:
+
+    weight[i, j] ≈ int8[i, j] * scale[i],    |error| <= scale[i] / 2
+
+Activations stay as they are. A product widens the int8 rows, a slice at a time, multiplies, and
+scales the results: what is saved is memory. (Per-row symmetric quantisation as in LLM.int8(), arXiv
+2208.07339, without its split into inliers and outliers.)
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 8192  # rows that are widened at a time
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (rows, columns) -> int8 (rows, columns) and scale (rows, 1) in weight's dtype."""
+    int8, scales = torch.empty_like(weight, dtype=torch.int8), []
+    for part, out in zip(weight.split(ROWS), int8.split(ROWS)):
+        # a row of zeros has any scale
+        scale = (part.abs().amax(1, keepdim=True).float() / 127).clamp(min=1e-12).to(weight.dtype)
+        out.copy_((part.float() / scale.float()).round().clamp(-127, 127))
+        scales.append(scale)
+    return int8, torch.cat(scales)
+
+
+class Int8(nn.Module):
+    """A matrix in int8, in the place of an nn.Linear (without bias) or of an nn.Embedding."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("int8", torch.empty(shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty((shape[0], 1), dtype=dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, widened: for what reads the weights themselves, seldom."""
+        return self.int8.to(self.scale.dtype) * self.scale
+
+
+class Int8Linear(Int8):
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows)."""
+        parts = [F.linear(x, part.to(x.dtype)) for part in self.int8.split(ROWS)]
+        return torch.cat(parts, dim=-1) * self.scale[:, 0]
+
+
+class Int8Embedding(Int8):
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., columns)."""
+        return self.int8[ids].to(self.scale.dtype) * self.scale[ids]
+
+
+def make_room(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put an Int8 module in the place of every matrix; its numbers are still to come."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.Linear, nn.Embedding)):
+                kind = Int8Linear if isinstance(child, nn.Linear) else Int8Embedding
+                setattr(module, name, kind(child.weight.shape, dtype))

@@ -1,0 +1,328 @@
+"""How fast text is written, and how close that is to the machine's limits. Run by hand.
+
+    python tests/bench.py                                    # the small configuration, on the CPU
+    python tests/bench.py --size 8b --device cuda            # random 8B weights, made on the card
+    python tests/bench.py --size 8b --device cuda --compile
+    python tests/bench.py --attention --size 8b --device cuda    # which kernels SDPA takes
+    python tests/bench.py --train                            # training the tiny model
+
+Every way of writing is measured in a process of its own, with the same weights and seed, one token
+per step after a prompt of 32. The columns are explained under the table. Times of shared machines
+are noise: compare within one run.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from steerling_min import Config, Steerling, unmask
+from steerling_min.checkpoint import save
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train_tiny  # noqa: E402
+
+PROMPT = 32
+PLAIN_STEPS = 8  # enough for the plain way: each of its steps computes the same
+SIZES = {
+    "small": dict(n_layers=8, n_embd=256, n_head=8, n_kv_heads=4, n_concepts=2048,
+                  n_unknown_concepts=4096, factorize_rank=64, block_size=PROMPT + 4096),
+    "8b": dict(block_size=PROMPT + 4096),
+}
+MATRIX_PRODUCTS = {"mm", "bmm", "addmm", "_scaled_dot_product_flash_attention_for_cpu",
+                   "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+                   "_scaled_dot_product_flash_attention", "_scaled_dot_product_fused_attention"}
+
+EXPLANATION = """
+ms/step, tokens/s: writing with the cache, the mean over all steps but the first.
+GB/s: bytes of the backbone's weights per second, as if each step read them once.
+peak GB: the most memory the process held; on a GPU, the most that was allocated there.
+/ products: our step's time, over the time of its own matrix products alone.
+/ roofline: our step's time, over max(weights / copy speed, operations / speed of a large product).
+plain / ours: without the cache, everything recomputed. official / ours: the official package, where
+it can be imported, which recomputes everything, too.
+"""
+
+
+# ---- one measurement, in a process of its own ----------------------------------------------------
+
+
+def make_model(size: str, device: str, dtype: torch.dtype) -> Steerling:
+    """Random weights, larger than an initialisation's, so that confidences are well apart."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Steerling(Config(**SIZES[size]))
+    model = model.to(dtype).to_empty(device=device).eval()
+    model.transformer.lm_head.weight = model.transformer.tok_emb.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=0.05)
+    return model
+
+
+def make_prompt(size: str) -> list[int]:
+    return torch.randint(0, 100_000, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def time_steps(run, device: str, limit: int | None = None) -> tuple[float, list[int]]:
+    """Milliseconds per step of a run of `unmask`, after its first step, and the last tokens."""
+    step = next(run)
+    wait(device)
+    began, n = time.perf_counter(), 0
+    for step in run:
+        n += 1
+        if n == limit:
+            break
+    wait(device)
+    return 1000 * (time.perf_counter() - began) / n, step.tokens[0].tolist()
+
+
+class Record(TorchDispatchMode):
+    """Counts the matrix products that run inside it, by operation and by their inputs' shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.__name__.split(".")[0]
+        if name in MATRIX_PRODUCTS:
+            def shape(x):
+                return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
+            self.calls[op, tuple(map(shape, args)),
+                       tuple((k, shape(v)) for k, v in (kwargs or {}).items())] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def replay(calls: Counter, device: str, repeat: int = 3) -> float:
+    """Milliseconds that recorded matrix products take by themselves, on fresh random inputs."""
+    def tensor(x):
+        if not (isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)):
+            return x
+        shape, stride, dtype = x
+        if dtype == torch.bool:
+            return torch.ones(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
+    total = 0.0
+    for (op, args, kwargs), n in calls.items():
+        args, kwargs = [tensor(x) for x in args], {k: tensor(x) for k, x in kwargs}
+        op(*args, **kwargs)
+        total += 1000 * n * fastest(device, repeat, op, *args, **kwargs)
+    return total
+
+
+def peak(device: str) -> float:
+    """The most memory this process held so far, in GB: the GPU's, or its own (Linux)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+
+
+def measure(way: str, size: str, n: int, device: str, dtype: torch.dtype, compiled: bool) -> dict:
+    """One way of writing n tokens: "cached", "plain", "products" or "official"."""
+    if way == "official":
+        return measure_official(size, n, device, dtype)
+    model, prompt = make_model(size, device, dtype), [make_prompt(size)]
+    weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
+    if compiled:
+        model.transformer.compile(dynamic=True)
+    if way == "products":
+        with Record() as record:
+            for _ in unmask(model, prompt, n, seed=0):
+                pass
+        return {"ms": replay(record.calls, device) / n}
+    run = unmask(model, prompt, n, seed=0, use_cache=way == "cached")
+    ms, tokens = time_steps(run, device, PLAIN_STEPS if way == "plain" and n > 64 else None)
+    return {"ms": ms, "tokens": tokens, "peak": peak(device), "weights": weights}
+
+
+def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict:
+    """The official package on the same weights; beyond 64 tokens with one step per window, as all
+    of its steps compute the same."""
+    from steerling import GenerationConfig, SteerlingGenerator
+    S = Config().diff_block_size
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(size, "cpu", dtype)
+        save(model, Path(folder))
+        config = model.config.to_dict()
+        config["concept"] = config | {"block_size": 4096}  # the layout that it reads from a folder
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        del model
+        generator = SteerlingGenerator.from_pretrained(folder, device=device, dtype=dtype)
+    steps = n if n == S else n // S
+    options = GenerationConfig(max_new_tokens=n, steps=steps, seed=0)
+    wait(device)
+    began = time.perf_counter()
+    found = generator.generate_full(torch.tensor([make_prompt(size)]), options)
+    wait(device)
+    return {"ms": 1000 * (time.perf_counter() - began) / steps, "peak": peak(device),
+            "tokens": found.tokens.flatten().tolist() if steps == n else None}
+
+
+def fastest(device: str, repeat: int, f, *args, **kwargs) -> float:
+    """Seconds that f(*args, **kwargs) takes at best."""
+    times = []
+    for _ in range(repeat):
+        wait(device)
+        began = time.perf_counter()
+        f(*args, **kwargs)
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def limits(size: str, device: str, dtype: torch.dtype) -> dict:
+    """What the machine can do: bytes/s of a large copy, operations/s of a large product."""
+    n = 2**28 if device.startswith("cuda") else 2**26
+    a, b = torch.ones(n, device=device), torch.empty(n, device=device)
+    m = 8192 if device.startswith("cuda") else 2048
+    x = torch.randn(m, m, device=device, dtype=dtype)
+
+    return {"copy": 2 * a.nbytes / fastest(device, 5, b.copy_, a),
+            "matrix": 2 * m**3 / fastest(device, 5, torch.matmul, x, x)}
+
+
+# ---- the tables ----------------------------------------------------------------------------------
+
+
+def apart(f, *args) -> dict:
+    """f(*args) in a process of its own: memory is measured from nothing."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(f, *args).result()
+
+
+def bench_writing(size: str, lengths: list[int], device: str, dtype: torch.dtype, compiled: bool,
+                  ways: list[str]) -> None:
+    machine = apart(limits, size, device, dtype)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else (
+        f"CPU, {torch.get_num_threads()} threads")
+    print(f"{size}, {dtype}, {name}, torch {torch.__version__}{', compiled' * compiled}: copies "
+          f"{machine['copy'] / 1e9:.0f} GB/s, multiplies {machine['matrix'] / 1e9:.0f} GFLOP/s")
+    print("| new tokens | ms/step | tokens/s | GB/s | peak GB | / products | / roofline |"
+          + "".join(f" {way} / ours |" for way in ways) + "\n|" + "---|" * (7 + len(ways)))
+    for n in lengths:
+        ours = apart(measure, "cached", size, n, device, dtype, compiled)
+        products = apart(measure, "products", size, n, device, dtype, False)
+        cells = [f"{ours['ms']:.1f}", f"{1000 / ours['ms']:.0f}",
+                 f"{ours['weights'] / ours['ms'] / 1e6:.1f}", f"{ours['peak']:.2f}",
+                 f"{ours['ms'] / products['ms']:.2f}",
+                 f"{ours['ms'] / roofline(size, ours['weights'], machine):.2f}"]
+        for way in ways:
+            other = apart(measure, way, size, n, device, dtype, False)
+            same = other["tokens"] == ours["tokens"]
+            cells.append(f"{other['ms'] / ours['ms']:.1f}" + ", same tokens" * same)
+        print(f"| {n} |", " | ".join(cells), "|", flush=True)
+
+
+def roofline(size: str, weights: int, machine: dict) -> float:
+    """The milliseconds that no step can beat: all weights are read once, and every position of its
+    blocks (96 on average, as windows straddle two) is multiplied with them."""
+    S, parameters = Config().diff_block_size, weights
+    return 1000 * max(weights / machine["copy"], 2 * 1.5 * S * parameters / machine["matrix"])
+
+
+def enable_gqa(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def expanded(q, k, v, mask):  # keys and values copied for every query head
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def stacked(q, k, v, mask):  # the queries of a group's heads one below the other
+    G = k.shape[1]
+    out = F.scaled_dot_product_attention(q.reshape(len(q), G, -1, q.shape[-1]), k, v,
+                                         attn_mask=mask.repeat(q.shape[1] // G, 1))
+    return out.view_as(q)
+
+
+def bench_attention(size: str, lengths: list[int], device: str, dtype: torch.dtype) -> None:
+    """Ways to call SDPA with the block-causal mask and grouped heads: milliseconds and kernel."""
+    config = Config(**SIZES[size])
+    H, G, d, S = config.n_head, config.kv_heads, config.head_dim, config.diff_block_size
+    print("| keys | mask | grouped heads | ms | kernel |\n|---|---|---|---|---|")
+    for n in lengths:
+        q = torch.randn(1, H, S, d, device=device, dtype=dtype)
+        k, v = torch.randn(2, 1, G, n, d, device=device, dtype=dtype)
+        seen = torch.ones(S, n, dtype=torch.bool, device=device)
+        added = torch.zeros(S, n, dtype=dtype, device=device)
+
+        for kind, mask in (("boolean", seen), ("additive", added)):
+            for call in (enable_gqa, expanded, stacked):
+                with Record() as record:
+                    out = call(q, k, v, mask)
+                torch.testing.assert_close(out, enable_gqa(q, k, v, seen), atol=1e-2, rtol=1e-2)
+                kernels = {op.__name__.split(".")[0] for op, *_ in record.calls}
+                ms = 1000 * fastest(device, 20, call, q, k, v, mask)
+                print(f"| {n} | {kind} | {call.__name__} | {ms:.3f} |", ", ".join(kernels), "|")
+
+
+def measure_training(device: str) -> None:
+    """The tiny model's training steps against their matrix products alone."""
+    def train(steps):
+        args = argparse.Namespace(
+            steps=steps, minutes=float("inf"), batch=8, lr=3e-3, seed=0, without=[], text=None,
+            resume=False, compile=False, dtype=torch.float32, out=Path(folder) / str(steps))
+        corpus = train_tiny.Stories(0)
+        model = train_tiny.make_model("tiny", corpus, 0).to(device)
+        wait(device)
+        began = time.perf_counter()
+        train_tiny.train(model, corpus, args)
+        wait(device)
+        return 1000 * (time.perf_counter() - began) / steps, 8 * model.config.block_size
+
+    with tempfile.TemporaryDirectory() as folder:
+        for steps in (20, 99):  # the first warms up
+            (Path(folder) / str(steps)).mkdir()
+            ms, tokens = train(steps)
+        (Path(folder) / "10").mkdir()
+        with Record() as record:
+            train(10)
+        products = replay(record.calls, device) / 10
+    print(f"training the tiny model: {ms:.0f} ms/step, {1000 * tokens / ms:,.0f} tokens/s; its "
+          f"matrix products alone {products:.0f} ms, {products / ms:.2f} of it")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", choices=SIZES, default="small")
+    p.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024, 4096])
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"],
+                   help="default: float32 on the CPU, else bfloat16")
+    p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    p.add_argument("--train", action="store_true", help="measure training instead")
+    p.add_argument("--attention", action="store_true", help="measure ways to call SDPA instead")
+    args = p.parse_args()
+    if args.train:
+        measure_training(args.device)
+        return
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    if args.attention:
+        bench_attention(args.size, args.tokens, args.device, dtype)
+        return
+    ways = ["plain"] + ["official"] * (importlib.util.find_spec("steerling") is not None)
+    bench_writing(args.size, args.tokens, args.device, dtype, args.compile, ways)
+    print(EXPLANATION)
+
+
+if __name__ == "__main__":
+    main()
