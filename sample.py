@@ -11,6 +11,7 @@
 import argparse
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
+from steerling_min.animation import animation
 from steerling_min.attribution import promoted
 from steerling_min.checkpoint import find_checkpoint, replacing
 from steerling_min.cli import Parser
@@ -26,6 +28,9 @@ from steerling_min.explain import explain, print_explanation
 from steerling_min.labels import Labels, labels_beside, load_labels
 from steerling_min.page import page
 from steerling_min.watch import watch
+
+
+NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or show concepts' names
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +63,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the text in: "
                    "each token's concepts, inputs and step")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="write an animation of the unmasking")
     p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
     p.add_argument("--score", action="append", metavar="TEXT", help="write nothing; the "
                    "log-likelihood of TEXT after the prompt, in nats; several times to compare")
@@ -76,12 +82,15 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    about_a_text = ("steer", "explain", "json", "watch", "html")
+    about_a_text = ("watch", *NAMING)
     for flag, others in (("find", ("prompt", "score", "chat", *about_a_text)),
                          ("score", about_a_text), ("json", ("watch",))):
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 p.error(f"--{flag} and --{other} exclude each other: give one of them")
+    for file in (args.html, args.svg):
+        if file and not file.parent.is_dir():
+            p.error(f"there is no folder {file.parent} to write {file.name} into")
     if args.prompt is None and args.find is None:
         if sys.stdin is None or sys.stdin.isatty():
             p.error("no prompt: give --prompt TEXT, or pipe one in")
@@ -178,7 +187,7 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                  entropy_sampling=args.temperature is None, confidence_threshold=args.threshold,
                  order=args.order, align=args.order == "window" and not args.no_align,
                  seed=args.seed, steering=steering)
-    explaining = args.explain or args.json or args.html
+    explaining = args.explain or args.json or args.html or args.svg
     steps, n_steps = [], 0  # without anything to explain, the last step is enough
     try:
         for step in watch(run, tokenizer, prompt, new) if args.watch else run:
@@ -200,28 +209,29 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         explained = [explain(model, tokenizer, labels, steps, row, steering)
                      for row in range(args.num_samples)]
     texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
-    if args.html:
-        with replacing(args.html) as partial:
-            partial.write_text(page(model, tokenizer, labels, steps, prompt, steering=steering),
-                               encoding="utf-8")
     if args.json:
         samples = [{"text": text, **about} for text, about in zip(texts, explained)]
         print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
                           "samples": samples}, ensure_ascii=False))
-        return
-    for row, (text, unwritten) in enumerate(zip(texts, last.unwritten.tolist())):
-        print(text)
-        print("---")
-        if unwritten:
-            print(f"ended early: {unwritten} of {new} positions were left unwritten")
-        if args.explain:
-            print_explanation(explained[row])
-    written = new * args.num_samples - int(last.unwritten.sum())
-    backbone = model.transformer
-    read = n_steps * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
-    print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
-          f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
-          f"{peak_memory(device)}")
+    else:
+        for row, (text, unwritten) in enumerate(zip(texts, last.unwritten.tolist())):
+            print(text)
+            print("---")
+            if unwritten:
+                print(f"ended early: {unwritten} of {new} positions were left unwritten")
+            if args.explain:
+                print_explanation(explained[row])
+        written = new * args.num_samples - int(last.unwritten.sum())
+        backbone = model.transformer
+        read = n_steps * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
+        print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
+              f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
+              f"{peak_memory(device)}")
+    for file, draw in ((args.html, page), (args.svg, animation)):  # last: a disk may be full
+        if file:
+            with replacing(file) as partial:
+                partial.write_text(draw(model, tokenizer, labels, steps, prompt,
+                                        steering=steering), encoding="utf-8")
 
 
 def main() -> None:
@@ -234,7 +244,7 @@ def main() -> None:
         n_concepts = model.config.n_concepts
         if args.labels:
             labels = load_labels(args.labels, n_concepts)
-        elif args.find is not None or args.steer or args.explain or args.json or args.html:
+        elif args.find is not None or any(getattr(args, flag) for flag in NAMING):
             labels = labels_beside(find_checkpoint(args.model), n_concepts)
         else:  # a plain text needs no names, nor what reading them may take
             labels = Labels([], n_concepts)
@@ -254,6 +264,9 @@ def main() -> None:
                  else f"temperature {args.temperature:g}"),
               file=sys.stderr if args.json else sys.stdout)
         write(model, tokenizer, labels, prompt, args)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush to
+        sys.exit(141)  # as a process that SIGPIPE ends
     except (ValueError, OSError, ImportError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -200,7 +200,7 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
         hidden, _ = hidden.chunk(2)
         c, u = logits.chunk(2)
         logits = u + (cfg_scale + 1) * (c - u)
-    return logits - steerer.suppression, hidden
+    return steerer.suppress(logits), hidden
 
 
 @torch.no_grad()

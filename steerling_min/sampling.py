@@ -11,7 +11,7 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tenso
     """Make every token that already stands in the sequence less likely, once each.
 
     A positive logit is divided by the penalty, any other multiplied (CTRL, arXiv 1909.05858).
-    Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns (m, V).
+    Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns a new tensor (m, V).
     """
     seen = logits[:, tokens]  # (m, T); only these columns change, out of a large vocabulary
     seen = torch.where(seen > 0, seen / penalty, seen * penalty)
@@ -88,8 +88,8 @@ def choose(logits: Tensor, tokens: Tensor, count: int | None, threshold: float |
     """
     if len(logits) == 0:
         return banned[:0], banned[:0], logits[:, 0]
-    logits = penalize_repetition(logits, tokens, repetition_penalty)
-    logits = logits.index_fill(-1, banned, -torch.inf)
+    logits = penalize_repetition(logits, tokens, repetition_penalty)  # a copy, so in place:
+    logits.index_fill_(-1, banned, -torch.inf)
     confidence, chosen = most_confident(logits, count, threshold)  # (n,)
     ids = torch.empty_like(chosen)
     for i, row in enumerate(logits[chosen]):  # (V,)

@@ -130,6 +130,10 @@ class Steerer:
             found[layer] = found.get(layer, 0.0) + active[..., None] * vector
         return {layer: x.to(self.model.dtype) for layer, x in found.items()}
 
+    def suppress(self, logits: Tensor) -> Tensor:
+        """logits (M, V), lowered for the tokens that suppressed concepts promote."""
+        return logits - self.suppression if self.steering.suppressions else logits
+
     def compose(self, hidden: Tensor) -> Tensor:
         """hidden (M, D) -> composed (M, D) under the interventions; hidden itself without any."""
         if not self.steering.known and not self.steering.unknown:

@@ -170,6 +170,16 @@ def test_a_group_is_steered_along_one_direction(run):
                                           new=40).out)[1], "all of the group's directions"
 
 
+def test_a_page_and_an_animation_are_written(run, tmp_path):
+    page, svg = tmp_path / "a.html", tmp_path / "a.svg"
+    result = run("--seed", 1, "--html", page, "--svg", svg, model=None, new=6)
+    assert result.code == 0 and len(parts(result.out)[1]) == 1
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert svg.read_text(encoding="utf-8").startswith("<svg ")
+    assert "there is no folder" in refusal(
+        run("--html", tmp_path / "none" / "a.html", model=None, new=6))
+
+
 def test_every_token_is_explained(run):
     out = run("--seed", 1, "--explain", model=None, new=6).out
     rows = re.findall(r"^ +(\d+) +\d+%  '.+?' +-?[\d.]+  \w+ [+-][\d.]+, ", out, re.M)
@@ -331,6 +341,12 @@ def test_a_bug_is_not_hidden(run, monkeypatch):
     monkeypatch.setattr(sample, "write", raising(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run()
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    command = f"{sys.executable} {sample.__file__} --find topic | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.split()[-1] in ("141", "0") and done.stderr == ""
 
 
 def test_an_interrupt_ends_quietly(run, monkeypatch):

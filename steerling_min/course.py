@@ -1,0 +1,341 @@
+"""The course: take a function out, rebuild it from its docstring until the tests are green.
+
+    python -m steerling_min.course                   # the exercises and the modifications
+    python -m steerling_min.course start mask        # blank a function; says how to check it
+    python -m steerling_min.course check mask        # run its tests
+    python -m steerling_min.course solution mask     # look at the original
+    python -m steerling_min.course restore mask      # put it back; your attempt is kept
+    python -m steerling_min.course show pre-norm     # what a modification asks for
+
+What `start` takes out is kept in the folder .course, and so is what `restore` takes out.
+"""
+
+import ast
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+from .checkpoint import replacing
+from .cli import Parser
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / ".course"
+
+
+class Exercise(NamedTuple):
+    name: str
+    where: str    # file and function: "attention.py rotate", "block.py MLP.forward"
+    level: int    # 1 easy, 2 middling, 3 hard
+    minutes: int  # for somebody who knows PyTorch
+    read: str     # besides the docstring
+    tests: str    # arguments of pytest
+
+
+EXERCISES = {e.name: e for e in [
+    # the backbone
+    Exercise("norm", "norm.py RMSNorm.forward", 1, 10, "arXiv 1910.07467", "tests/test_norm.py"),
+    Exercise("mask", "attention.py block_causal_mask", 1, 10, "README, point 2",
+             "tests/test_attention.py -k 'mask or block'"),
+    Exercise("angles", "attention.py rotary_tables", 2, 20, "RoFormer, arXiv 2104.09864",
+             "tests/test_attention.py -k 'angle or position or pair'"),
+    Exercise("rotate", "attention.py rotate", 2, 15, "RoFormer, arXiv 2104.09864",
+             "tests/test_attention.py -k 'turn or rotation or pair or distance'"),
+    Exercise("attention", "attention.py Attention.forward", 2, 40, "arXiv 2305.13245 (grouped)",
+             "tests/test_attention.py tests/test_backbone.py"),
+    Exercise("swiglu", "block.py MLP.forward", 1, 10, "arXiv 2002.05202",
+             "tests/test_block.py tests/test_backbone.py"),
+    Exercise("block", "block.py Block.forward", 1, 10, "README, point 8",
+             "tests/test_block.py tests/test_backbone.py"),
+    Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30, "attention.py, block.py",
+             "tests/test_backbone.py"),
+    # the concept layer
+    Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10, "the top of iguide.py",
+             "tests/test_iguide.py tests/test_model.py"),
+    Exercise("unknown-features", "iguide.py UnknownHead.features", 1, 10, "UnknownHead.logits",
+             "tests/test_iguide.py tests/test_model.py"),
+    Exercise("top-concepts", "iguide.py top_concepts", 2, 20, "KnownHead.logits",
+             "tests/test_iguide.py tests/test_model.py"),
+    Exercise("decompose", "iguide.py decompose", 3, 45, "README, points 6 and 7",
+             "tests/test_iguide.py tests/test_model.py"),
+    Exercise("set-weights", "iguide.py set_weights", 2, 20, "decompose",
+             "tests/test_iguide.py tests/test_model.py"),
+    # diffusion: training
+    Exercise("noise", "diffusion.py noise_levels", 1, 10, "README, point 3",
+             "tests/test_diffusion.py -k 'noise or level'"),
+    Exercise("corrupt", "diffusion.py corrupt", 1, 10, "MDLM, arXiv 2406.07524",
+             "tests/test_diffusion.py -k 'masked_with or masking'"),
+    Exercise("token-loss", "diffusion.py token_loss", 2, 20, "MDLM, arXiv 2406.07524",
+             "tests/test_diffusion.py -k 'loss or surprise or over_t or costs or weighting'"),
+    Exercise("bound", "diffusion.py likelihood_bound", 3, 60, "LLaDA, arXiv 2502.09992, eq. 6",
+             "tests/test_diffusion.py -k 'bound or score or likel'"),
+    Exercise("noisy-or", "losses.py log_absent", 2, 20, "presence_loss", "tests/test_losses.py"),
+    Exercise("presence", "losses.py presence_loss", 2, 20, "log_absent", "tests/test_losses.py"),
+    Exercise("reconstruction", "losses.py reconstruction_loss", 1, 10, "the top of losses.py",
+             "tests/test_losses.py"),
+    Exercise("independence", "losses.py independence_loss", 2, 30, "distributed.py",
+             "tests/test_losses.py"),
+    Exercise("compose", "losses.py compose", 2, 20, "README, The gradient question",
+             "tests/test_losses.py tests/test_objective.py"),
+    # diffusion: writing
+    Exercise("penalty", "sampling.py penalize_repetition", 1, 10, "CTRL, arXiv 1909.05858",
+             "tests/test_sampling.py"),
+    Exercise("temperature", "sampling.py entropy_temperature", 1, 15, "sample",
+             "tests/test_sampling.py"),
+    Exercise("nucleus", "sampling.py nucleus", 1, 15, "arXiv 1904.09751", "tests/test_sampling.py"),
+    Exercise("confidence", "sampling.py most_confident", 2, 25, "README, point 4",
+             "tests/test_sampling.py"),
+    Exercise("schedule", "sampling.py spread_steps", 3, 30, "commits_per_step, windows",
+             "tests/test_sampling.py"),
+    Exercise("cache", "diffusion.py cached_hidden", 3, 45, "KVCache in attention.py",
+             "tests/test_diffusion.py -k 'cache'"),
+    Exercise("sampler", "diffusion.py unmask", 3, 90, "sampling.py, masked_logits",
+             "tests/test_diffusion.py"),
+    # concepts at work
+    Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection", "tests/test_steering.py"),
+    Exercise("injection", "steering.py Steerer.vectors", 2, 20, "Injection",
+             "tests/test_steering.py"),
+    Exercise("attribution", "attribution.py attribute", 2, 30, "the top of iguide.py",
+             "tests/test_attribution.py"),
+    Exercise("gradients", "attribution.py input_attribution", 3, 40, "arXiv 1703.01365",
+             "tests/test_attribution.py"),
+]}
+
+
+class Modification(NamedTuple):
+    name: str
+    task: str
+    where: str
+    changes: tuple[str, ...]  # tests that must change
+    breaks_parity: bool       # with the weights and texts of the official package
+    keeps: str                # tests that must not change
+
+
+MODIFICATIONS = {m.name: m for m in [
+    Modification(
+        "block-size", "Write with smaller diffusion blocks than the model was trained with. Give "
+        "sample.py a flag that sets diff_block_size after loading; compare stories of the tiny "
+        "model with blocks of 16, 8, 4 and 1. What is lost, and why?",
+        "sample.py, model.load; new tests in test_sample.py", (), False,
+        "all of them: without the flag nothing changes"),
+    Modification(
+        "pre-norm", "Normalise what a branch reads and not what it writes, as GPT-2 did. Train "
+        "both for 500 steps and compare the losses.", "block.py, Block.forward",
+        ("test_block.py::test_the_norms_sit_on_the_branches_outputs",
+         "test_block.py::test_nothing_normalises_what_a_branch_reads"), True,
+        "test_attention.py, test_iguide.py, test_sampling.py, test_losses.py"),
+    Modification(
+        "sliding-window", "Let a block see itself and the two blocks before it only. How far back "
+        "can information still travel? Does the hero keep the name?",
+        "attention.py, block_causal_mask",
+        ("test_attention.py::test_a_block_of_one_is_causal_and_a_block_of_all_is_bidirectional",),
+        True, "test_diffusion.py but for parity: the cache stays exact. Could it be shorter now?"),
+    Modification(
+        "one-level", "Draw one noise level for a whole sequence, as masked diffusion without "
+        "blocks does. Which of the model's uses does that train for worse?",
+        "diffusion.py, noise_levels",
+        ("test_diffusion.py::test_every_block_of_every_sequence_has_its_own_noise_level",), False,
+        "the other tests of test_diffusion.py; test_train_tiny.py"),
+    Modification(
+        "cosine-noise", "Draw t = 1 - cos(u pi / 2), u uniform: more blocks with few masks. Compare "
+        "the held-out loss, and say why the weighting 1/t is no bound any more.",
+        "diffusion.py, noise_levels", ("test_diffusion.py::test_noise_levels_are_uniform",), False,
+        "the other tests of test_diffusion.py; test_train_tiny.py"),
+    Modification(
+        "all-concepts", "Let every concept contribute, not the top k only. What does that do to "
+        "the share of epsilon, and to an explanation's length?", "iguide.py, top_concepts",
+        ("test_iguide.py::test_the_largest_logits_are_kept_largest_first",
+         "test_iguide.py::test_selection_ranks_by_logit_where_float32_sigmoids_tie",
+         "test_iguide.py::test_a_long_text_never_has_the_logits_of_all_concepts_at_once",
+         "test_iguide.py::test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else",
+         "test_objective.py::test_losses_weigh_1_but_for_express_and_reconstruction",
+         "test_attribution.py::test_contributions_and_epsilon_sum_to_the_logit"), True,
+        "test_diffusion.py, parity of the texts included: with epsilon the heads only explain"),
+    Modification(
+        "softmax-concepts", "Let concepts compete: weights by a softmax over the selected logits, "
+        "in place of a sigmoid of each. Which loss has to change with it?",
+        "iguide.py, apply_head; attribution.py; objective.py",
+        ("test_iguide.py::test_known_features_weigh_embeddings_by_sigmoid",
+         "test_iguide.py::test_unknown_embeddings_are_coefficients_times_basis"), True,
+        "test_diffusion.py; test_attribution.py, once it uses the new weights"),
+    Modification(
+        "keep-epsilon", "Keep epsilon under an intervention unless told otherwise. Steer by "
+        "interventions both ways: how much of an edit does epsilon take back?",
+        "iguide.py, decompose",
+        ("test_iguide.py::test_epsilon_is_left_out_at_edited_positions_only",
+         "test_iguide.py::test_an_edit_of_unknown_concepts_alone_has_an_effect"), False,
+        "test_model.py, test_steering.py, test_attribution.py"),
+    Modification(
+        "random-order", "Fill random positions of the window, not the surest (draw them from the "
+        "row's own generator). How many sentences stay in the grammar?",
+        "sampling.py, most_confident and choose",
+        ("test_sampling.py::test_the_surest_positions_come_first",
+         "test_sampling.py::test_masks_that_look_alike_are_filled_from_the_left",
+         "test_sampling.py::test_very_sure_positions_are_still_told_apart",
+         "test_sampling.py::test_a_threshold_takes_all_that_reach_it_and_one_at_least",
+         "test_sampling.py::test_bans_and_penalty_come_before_confidence",
+         "test_diffusion.py::test_global_order_takes_the_surest_position_of_the_whole_text",
+         "test_diffusion.py::test_a_step_says_what_it_committed"), True,
+        "test_the_cache_is_exact, test_a_row_of_a_batch_is_what_it_would_be_alone"),
+    Modification(
+        "min-p", "Keep the tokens that are at least (1 - top_p) times as probable as the best, in "
+        "place of the nucleus.", "sampling.py, nucleus",
+        ("test_sampling.py::"
+         "test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p",), True,
+        "all others of test_sampling.py and test_diffusion.py; greedy texts keep their parity"),
+    Modification(
+        "remasking", "Let a step mask a committed token of the window again when the model, asked "
+        "once more, gives it less than a threshold, as an option of unmask that is off by default. "
+        "When can that go on forever, and what does the cache have to do with it?",
+        "diffusion.py, unmask; new tests in test_diffusion.py", (), False,
+        "all of them: test_everything_is_written_and_nothing_is_rewritten says what is given up"),
+]}
+
+
+# ---- a function in its file ----------------------------------------------------------------------
+
+
+def file_of(exercise: Exercise) -> Path:
+    return ROOT / "steerling_min" / exercise.where.split()[0]
+
+
+def find(exercise: Exercise, text: str) -> ast.FunctionDef:
+    """The exercise's function in its file's text. Raises ValueError when it is not there."""
+    node = ast.parse(text)
+    for name in exercise.where.split()[1].split("."):
+        inside = [x for x in node.body if getattr(x, "name", None) == name]
+        if not inside:
+            raise ValueError(f"{file_of(exercise)} has no {exercise.where.split()[1]}")
+        node = inside[0]
+    return node
+
+
+def lines_of(node: ast.FunctionDef) -> slice:
+    """Which lines of the file hold the function, decorators included."""
+    return slice(min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1, node.end_lineno)
+
+
+def replace(exercise: Exercise, new: str) -> str:
+    """Put `new` in the place of the function in its file; returns what was there."""
+    file = file_of(exercise)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    where = lines_of(find(exercise, "".join(lines)))
+    old = "".join(lines[where])
+    lines[where] = [new]
+    with replacing(file) as partial:
+        partial.write_text("".join(lines), encoding="utf-8")
+    return old
+
+
+def blank(exercise: Exercise, text: str) -> str:
+    """The exercise's function out of its file's text, with its body below the docstring gone."""
+    node = find(exercise, text)
+    body, lines = node.body[0], text.splitlines(keepends=True)
+    kept = lines[lines_of(node).start:body.end_lineno]
+    return "".join(kept) + " " * body.col_offset + (
+        f'raise NotImplementedError("exercise: {exercise.name}")\n')
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def start(exercise: Exercise) -> None:
+    file = file_of(exercise)
+    text = file.read_text(encoding="utf-8")
+    git = subprocess.run(["git", "status", "--porcelain", "--", file], cwd=ROOT,
+                         capture_output=True, text=True)
+    if git.returncode == 0 and git.stdout:
+        raise ValueError(f"{file.relative_to(ROOT)} has changes that are not committed: commit "
+                         "them, or restore the exercise that you have started there")
+    if f'"exercise: {exercise.name}"' in text:
+        raise ValueError(f"{exercise.name} is started already: write it, or restore it")
+    KEPT.mkdir(exist_ok=True)
+    node = find(exercise, text)
+    with replacing(KEPT / f"{exercise.name}.py") as kept:
+        kept.write_text("".join(text.splitlines(keepends=True)[lines_of(node)]), encoding="utf-8")
+    replace(exercise, blank(exercise, text))
+    print(f"{exercise.where.split()[1]} in {file.relative_to(ROOT)}, line {node.lineno}, is blank; "
+          f"its docstring says what it does.\nRead: {exercise.read}.\n"
+          f"Check: python -m steerling_min.course check {exercise.name}\n"
+          f"Give up: restore in place of check (or git checkout {file.relative_to(ROOT)}).")
+
+
+def check(exercise: Exercise) -> None:
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short"]
+    status = subprocess.run([*pytest, *shlex.split(exercise.tests)], cwd=ROOT).returncode
+    if status == 0:
+        print(f"{exercise.name}: solved. At the end of a day, run all tests: pytest")
+    sys.exit(status)
+
+
+def solution(exercise: Exercise) -> None:
+    print(textwrap.dedent(original(exercise)), end="")
+
+
+def restore(exercise: Exercise) -> None:
+    kept = KEPT / f"{exercise.name}.py"
+    if not kept.is_file():
+        raise ValueError(f"{exercise.name} is not started")
+    attempt = KEPT / f"{exercise.name}.attempt.py"
+    old = replace(exercise, kept.read_text(encoding="utf-8"))
+    attempt.write_text(old, encoding="utf-8")
+    kept.unlink()
+    print(f"{exercise.where} is as it was; your attempt is in {attempt.relative_to(ROOT)}")
+
+
+def original(exercise: Exercise) -> str:
+    """The function as it was before `start`."""
+    kept = KEPT / f"{exercise.name}.py"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8")
+    text = file_of(exercise).read_text(encoding="utf-8")
+    return "".join(text.splitlines(keepends=True)[lines_of(find(exercise, text))])
+
+
+def overview() -> None:
+    print("Exercises (level, minutes, where): rebuild a function from its docstring and tests\n")
+    for e in EXERCISES.values():
+        started = "   started" if (KEPT / f"{e.name}.py").is_file() else ""
+        print(f"  {e.name:17} {'*' * e.level:3} {e.minutes:3} min  {e.where}{started}")
+    print("\nModifications: change the model, and say first which tests must change\n")
+    for m in MODIFICATIONS.values():
+        print(f"  {m.name:17} {m.task.split('.')[0]}.")
+    print("\npython -m steerling_min.course start NAME, check, solution, restore; show NAME for a "
+          "modification")
+
+
+def show(modification: Modification) -> None:
+    print(textwrap.fill(modification.task, 88))
+    print(f"\nWhere: {modification.where}\nThese tests must change:")
+    for test in modification.changes:
+        print(f"  {test}")
+    print("And parity with the official weights is lost, as it should be (pytest -k parity)."
+          if modification.breaks_parity else "Parity must stay (pytest -k parity).")
+    print(f"These must not: {modification.keeps}")
+
+
+def main() -> None:
+    p = Parser(prog="python -m steerling_min.course", description="The course.")
+    commands = {"start": start, "check": check, "solution": solution, "restore": restore,
+                "show": show}
+    p.add_argument("command", nargs="?", choices=commands)
+    p.add_argument("name", nargs="?", help="of an exercise; of a modification for show")
+    args = p.parse_args()
+    if args.command is None:
+        overview()
+        return
+    known = MODIFICATIONS if args.command == "show" else EXERCISES
+    if args.name not in known:
+        p.error(f"{args.command} {args.name or ''}: the names are {', '.join(known)}")
+    if not (ROOT / "tests").is_dir():
+        p.error("the course needs the repository, with its tests, installed by pip install -e .")
+    try:
+        commands[args.command](known[args.name])
+    except (ValueError, OSError, SyntaxError) as error:
+        p.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
