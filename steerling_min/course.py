@@ -139,7 +139,7 @@ MODIFICATIONS = {m.name: m for m in [
         ("test_diffusion.py::test_every_block_of_every_sequence_has_its_own_noise_level",), False,
         "the other tests of test_diffusion.py; test_train_tiny.py"),
     Modification(
-        "cosine-noise", "Draw t = 1 - cos(u pi / 2), u uniform: more blocks with few masks. Compare "
+        "cosine-noise", "Draw t = 1 - cos(u pi / 2), u uniform: blocks with fewer masks. Compare "
         "the held-out loss, and say why the weighting 1/t is no bound any more.",
         "diffusion.py, noise_levels", ("test_diffusion.py::test_noise_levels_are_uniform",), False,
         "the other tests of test_diffusion.py; test_train_tiny.py"),

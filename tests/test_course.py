@@ -115,7 +115,8 @@ def test_without_git_a_started_exercise_is_not_started_again(run, root):
 
 @pytest.mark.parametrize("args, message", [
     (["begin", "norm"], "invalid choice: 'begin'"), (["start"], "the names are norm, mask"),
-    (["check", "nomr"], "the names are norm, mask"), (["show", "mask"], "the names are block-size")])
+    (["check", "nomr"], "the names are norm, mask"),
+    (["show", "mask"], "the names are block-size")])
 def test_a_wrong_command_is_one_line(run, args, message):
     code, out, error = run(*args)
     assert code == 2 and message in error and error.count("\n") == 1 and not out
