@@ -93,7 +93,7 @@ class Stories:
     Every draw follows from the seed and the step, so a run can go on from any step.
     """
 
-    labels = [Label(c.id, c.name, c.description, c.kind) for c in world.CONCEPTS]
+    labels = world.CONCEPTS
 
     def __init__(self, seed: int):
         self.seed = seed

@@ -18,6 +18,7 @@ from statistics import fmean as mean
 from typing import NamedTuple
 
 from .grammar import FORMS, INTRO, MOODS, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
+from .labels import Label
 
 CHUNKS = (4, 5, 6, 7)  # chunks of a story, equally likely
 KEEP_TOPIC = 1 / 2     # a chunk keeps the topic of the one before; else any other, equally likely
@@ -28,16 +29,9 @@ SENTENCE_END = re.compile(r"(?<=[.?]) (?=[A-Z\"])")  # where a chunk is cut into
 
 # ---- the concepts --------------------------------------------------------------------------------
 
-class Concept(NamedTuple):
-    id: int
-    name: str
-    kind: str         # topic, mood or form
-    description: str
-
-
 CONCEPTS = tuple(
-    Concept(i, name, kind, f"the chunk {verb} {name}")
-    for i, (name, kind, verb) in enumerate(
+    Label(i, name, f"the chunk {verb} {name}", group)
+    for i, (name, group, verb) in enumerate(
         [(name, "topic", "is about the topic") for name in TOPICS]
         + [(name, "mood", "shows the mood") for name in MOODS]
         + [(name, "form", "has a sentence of the form") for name in FORMS]))

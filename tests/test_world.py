@@ -39,9 +39,9 @@ def close_to_mean(samples, expected):
 
 # ---- concepts and labels -------------------------------------------------------------------------
 
-def test_there_are_24_concepts_of_three_kinds_numbered_in_order():
+def test_there_are_24_concepts_of_three_groups_numbered_in_order():
     assert [c.id for c in CONCEPTS] == list(range(24)), "a concept's id is its place in CONCEPTS"
-    assert Counter(c.kind for c in CONCEPTS) == {"topic": 8, "mood": 8, "form": 8}
+    assert Counter(c.group for c in CONCEPTS) == {"topic": 8, "mood": 8, "form": 8}
     assert len({c.name for c in CONCEPTS}) == 24, "two concepts with one name cannot be told apart"
 
 
@@ -64,7 +64,7 @@ def test_the_story_in_the_docstring_is_in_the_grammar():
 
 def test_a_chunk_has_one_topic_at_most_one_mood_and_at_most_one_form(chunks):
     for chunk in chunks:
-        kinds = Counter(CONCEPTS[i].kind for i in chunk.concepts)
+        kinds = Counter(CONCEPTS[i].group for i in chunk.concepts)
         assert kinds["topic"] == 1 and kinds["mood"] <= 1 and kinds["form"] <= 1, chunk
 
 
@@ -181,7 +181,7 @@ def log_prob_of_text(story):
     before = None
     for i, chunk in enumerate(story.chunks):
         names = [CONCEPTS[c].name for c in chunk.concepts]
-        topic, kinds = names[0], {CONCEPTS[c].kind for c in chunk.concepts}
+        topic, kinds = names[0], {CONCEPTS[c].group for c in chunk.concepts}
         if before is not None:
             stay = world.KEEP_TOPIC
             nats -= math.log(stay if topic == before else (1 - stay) / 7)
