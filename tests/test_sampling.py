@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from steerling_min.sampling import (choose, commits_per_step, entropy_temperature, most_confident,
-                                    nucleus, penalize_repetition, sample, spread_steps, windows)
+                                    nucleus, penalize_repetition, sample, sort_probabilities,
+                                    spread_steps, windows)
 
-P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
-SORTED = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05])
+P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])  # sorted: ids 1, 3, 4, 2, 0
 
 
 def rng(seed=0):
@@ -31,16 +31,23 @@ def test_a_token_is_penalised_once_however_often_it_stands_there():
 
 
 def test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p():
-    for top_p, kept in ((0.0, 1), (0.39, 1), (0.5, 2), (0.7, 3), (1.0, 5)):
-        p = nucleus(SORTED, top_p)
-        expected = SORTED[:kept].tolist() + [0.0] * (5 - kept)
-        assert p.tolist() == pytest.approx(expected), (
-            f"top_p {top_p}: mass before is 0, .4, .65, .85, .95; what is kept is not changed")
+    for top_p, kept in ((0.0, [1]), (0.39, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]),
+                        (1.0, [1, 3, 4, 2, 0])):
+        p, ids = nucleus(P, top_p)
+        assert ids[p > 0].tolist() == kept, f"top_p {top_p}: mass before is 0, .4, .65, .85, .95"
+        assert torch.equal(p[p > 0], P[ids[p > 0]]), "kept probabilities are not changed"
+
+
+def test_probabilities_are_sorted_by_their_bits():
+    p = torch.cat([P, torch.tensor([0.0, 1e-42, 1.0, 0.25])])  # zero, a subnormal number, a tie
+    sorted_p, ids = sort_probabilities(p)
+    assert torch.equal(sorted_p, p.sort(descending=True).values) and torch.equal(p[ids], sorted_p)
+    assert ids.tolist() == [7, 1, 3, 8, 4, 2, 0, 6, 5], "of equals the first"
 
 
 def test_entropy_temperature_is_low_when_sure_and_high_when_not():
     sure = torch.zeros(50)
-    sure[0] = 30.0
+    sure[7] = 30.0
     assert entropy_temperature(sure, 0.8).item() == pytest.approx(0.3, abs=1e-4)
     assert entropy_temperature(torch.zeros(50), 0.8).item() == pytest.approx(0.7, abs=1e-4)
 
