@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .quantize import make_room, quantize_rows
+from .quantize import quantize, quantize_rows
 
 TINY = Path(__file__).parent / "tiny"  # the bundled checkpoint
 INDEX = "model.safetensors.index.json"
@@ -156,7 +156,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     found = match_tensors(model, weight_files(folder))
     require_memory(model, device, dtype, int8)
     if int8:
-        make_room(model, dtype)
+        quantize(model)  # shapes only: this model has no numbers yet
     place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
     state = {}
     for file in sorted(set(found.values())):

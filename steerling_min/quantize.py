@@ -30,10 +30,11 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8(nn.Module):
     """A matrix in int8, in the place of an nn.Linear (without bias) or of an nn.Embedding."""
 
-    def __init__(self, shape: torch.Size, dtype: torch.dtype):
+    def __init__(self, weight: Tensor):
         super().__init__()
-        self.register_buffer("int8", torch.empty(shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty((shape[0], 1), dtype=dtype))
+        int8, scale = quantize_rows(weight)
+        self.register_buffer("int8", int8)    # (rows, columns)
+        self.register_buffer("scale", scale)  # (rows, 1)
 
     @property
     def weight(self) -> Tensor:
@@ -54,10 +55,12 @@ class Int8Embedding(Int8):
         return self.int8[ids].to(self.scale.dtype) * self.scale[ids]
 
 
-def make_room(model: nn.Module, dtype: torch.dtype) -> None:
-    """Put an Int8 module in the place of every matrix; its numbers are still to come."""
+@torch.no_grad()
+def quantize(model: nn.Module) -> None:
+    """Put an Int8 module in the place of every matrix, one after the other."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, (nn.Linear, nn.Embedding)):
-                kind = Int8Linear if isinstance(child, nn.Linear) else Int8Embedding
-                setattr(module, name, kind(child.weight.shape, dtype))
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child.weight))
+            elif isinstance(child, nn.Embedding):
+                setattr(module, name, Int8Embedding(child.weight))

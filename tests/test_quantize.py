@@ -6,7 +6,7 @@ import torch
 from steerling_min import Steerling, generate, load, log_likelihood
 from steerling_min.attribution import promoted
 from steerling_min.checkpoint import TINY
-from steerling_min.quantize import ROWS, Int8Embedding, Int8Linear, quantize_rows
+from steerling_min.quantize import ROWS, Int8Embedding, Int8Linear, quantize, quantize_rows
 from steerling_min.steering import Steering
 
 SHAPE = (ROWS + 3, 5)  # more rows than are widened at a time
@@ -24,12 +24,6 @@ def models():
     return load(), load(int8=True)[0]
 
 
-def filled(kind, weight):
-    module = kind(weight.shape, weight.dtype)
-    module.int8, module.scale = quantize_rows(weight)
-    return module
-
-
 def test_no_weight_moves_by_more_than_half_a_step_of_its_row(weight):
     int8, scale = quantize_rows(weight)
     assert int8.dtype == torch.int8 and scale.shape == (len(weight), 1)
@@ -40,7 +34,7 @@ def test_no_weight_moves_by_more_than_half_a_step_of_its_row(weight):
 
 
 def test_a_linear_layer_and_an_embedding_compute_with_the_widened_matrix(weight):
-    linear, embedding = filled(Int8Linear, weight), filled(Int8Embedding, weight)
+    linear, embedding = Int8Linear(weight), Int8Embedding(weight)
     x, ids = torch.randn(2, 3, 5), torch.tensor([[0, ROWS + 2], [7, 8]])
     torch.testing.assert_close(linear(x), x @ linear.weight.T)
     assert torch.equal(embedding(ids), embedding.weight[ids])
@@ -90,6 +84,9 @@ def test_bfloat16_scales_are_what_the_rounding_used():
     assert (error <= scale.float() / 2 + 0.006 * weight.float().abs()).all()
 
 
-def test_from_pretrained_takes_int8(tmp_path):
-    small = Steerling.from_pretrained(TINY, int8=True)
-    assert small.transformer.blocks[0].attn.c_attn.int8.dtype == torch.int8
+def test_quantizing_a_model_is_loading_it_quantized(models):
+    model = Steerling.from_pretrained(TINY)
+    quantize(model)
+    expected = models[1].state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(x, expected[name]) for name, x in model.state_dict().items())
