@@ -23,7 +23,7 @@ from .steering import alpha_of, amplify_layer, unit
 # less to epsilon (13.0 %, not 14.6 %, of the logits' mass after 2,000 steps). Independence, divided
 # by D^2 as it is, does little at 1 (a cross-covariance of 0.25, not 0.34, after 2,000 steps).
 EXPRESS, RECONSTRUCTION, INDEPENDENCE = 0.01, 4.0, 50.0
-INJECTED = 1 / 3         # share of the chunks that one of their concepts is injected into
+INJECTED = 1 / 4         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (4.0, 12.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # what a run can do without, to see what it is good for

@@ -76,6 +76,13 @@ def test_every_committed_token_is_explained_by_the_step_that_committed_it(model,
           "the state at the step of the commit, not that of the finished text")
 
 
+def test_under_guidance_the_states_are_those_that_saw_the_prompt(model):
+    step = next(iter(unmask(model, PROMPT[:1], 12, steps=4, seed=1, cfg_scale=1.0)))
+    masks = torch.full((1, 12), model.config.mask_token_id)
+    hidden = model(torch.cat([torch.tensor(PROMPT[:1]), masks], dim=1)).hidden
+    close(step.hidden[0], hidden[0, step.positions[0]], "not those of the run without the prompt")
+
+
 def test_shares_are_parts_of_one(model, golden):
     out = model(golden["input_ids"].long()[:1])
     found = attribute(model, out.hidden[0], torch.arange(40))
@@ -114,6 +121,15 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
         blind = model(torch.full_like(tokens, mask)[None]).logits[0, L, target]
         assert abs(found.sum() - (logit - blind)) <= 0.01 * abs(logit - blind), "within 1 %"
         assert (found[L:] == 0).all() and (found[:L] != 0).all(), "exactly 0 at masks"
+
+
+def test_a_single_step_is_the_gradient_at_the_input_itself(model):
+    tokens, weight = torch.tensor(PROMPT[0]), model.transformer.tok_emb.weight.detach()
+    x = weight[tokens].requires_grad_()
+    (model.transformer.from_embeddings(x[None])[0, 3] @ weight[5]).backward()
+    expected = ((x - weight[model.config.mask_token_id]) * x.grad).sum(-1)
+    close(input_attribution(model, tokens, 3, 5, steps=1), expected,
+          "a right Riemann sum: the path's first end, the mask, is no part of it")
 
 
 def test_later_blocks_have_no_part_in_a_token(model):

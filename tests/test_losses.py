@@ -170,8 +170,8 @@ def test_the_trap_both_sides_forced_is_hidden_again():
 
 def test_respond_is_the_surprise_of_the_injected_concept_where_it_is_injected():
     logits = normal(B, T, C).requires_grad_()
-    injected = torch.tensor([[3, -1, 2, -1, -1, -1], [-1, -1, -1, -1, -1, 1]])
-    at = [(0, 0, 3), (0, 2, 2), (1, 5, 1)]
+    injected = torch.tensor([[3, -1, 0, -1, -1, -1], [-1, -1, -1, -1, -1, 1]])
+    at = [(0, 0, 3), (0, 2, 0), (1, 5, 1)]
     expected = sum(-math.log(logits[i].sigmoid().item()) for i in at) / 3
     loss = respond_loss(logits, injected)
     assert loss.item() == pytest.approx(expected)

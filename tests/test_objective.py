@@ -22,7 +22,7 @@ BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_se
 MASKED = torch.rand(2, T, generator=torch.Generator().manual_seed(2)) < 0.5
 NOISY = BATCH.tokens.masked_fill(MASKED, CONFIG.mask_token_id)
 LEVEL = torch.full((2, T), 0.5)
-INJECT = torch.where(MASKED, torch.tensor([[1], [3]]), -1)  # concept 1 in one window, 3 in other
+INJECT = torch.where(MASKED, torch.tensor([[0], [3]]), -1)  # concept 0 in one window, 3 in other
 STRENGTH = torch.tensor([[8.0], [6.0]]).expand(2, T)
 NOWHERE = torch.tensor([False, False])
 HEADS = ("known_head.concept_embedding", "known_head.concept_predictor",
@@ -197,9 +197,23 @@ def test_a_concepts_own_direction_is_injected_at_its_strength_and_nowhere_else(m
         seen.update(injections), forward(tokens, injections))[1]
     losses(model, injected=INJECT)
     (layer, vectors), = seen.items()
-    for c, strength in ((1, 8.0), (3, 6.0)):
+    for c, strength in ((0, 8.0), (3, 6.0)):
         steerer = Steerer(Steering.amplify(c, strength), model)
         (expected_layer, found), = steerer.vectors(INJECT == c, torch.zeros(2)).items()
         assert layer == expected_layer
         torch.testing.assert_close(vectors * (INJECT == c)[..., None], found)
     assert (vectors[INJECT < 0] == 0).all()
+    assert reached(model, vectors.sum()) == {"known_head.concept_embedding"}, (
+        "how far to go is a constant; only the direction is trained")
+
+
+def test_the_originals_are_what_is_predicted(model):
+    expected = torch.nn.functional.cross_entropy(model(NOISY).logits[MASKED], BATCH.tokens[MASKED])
+    torch.testing.assert_close(losses(model)["token"], expected)
+
+
+def test_a_token_has_its_chunks_labels_and_a_special_token_none():
+    labels = labels_of_tokens(BATCH)
+    assert not labels[BATCH.chunks < 0].any(), "chunk -1 is no chunk, not the last one"
+    for n in range(4):
+        assert (labels[BATCH.chunks == n] == BATCH.labels[n]).all()

@@ -53,10 +53,10 @@ def test_entropy_temperature_is_low_when_sure_and_high_when_not():
 
 
 def test_entropy_is_measured_against_the_nucleus_size():
-    p = torch.tensor([0.5, 0.25, 0.15, 0.1])  # cumulative .5 .75 .9 1: two are <= 0.8, so k = 3
+    p = torch.tensor([0.9, 0.05, 0.03, 0.02])  # cumulative .9 .95 .98 1: two <= 0.96, so k = 3
     entropy = -sum(q * math.log(q) for q in p.tolist())
-    expected = 0.3 + 0.4 * min(1.0, entropy / math.log(3))
-    assert entropy_temperature(p.log(), 0.8).item() == pytest.approx(expected, abs=1e-5)
+    expected = 0.3 + 0.4 * entropy / math.log(3)
+    assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5)
     p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(2)
