@@ -44,6 +44,7 @@ MEASURES = {  # what is measured: its target
     "... sentences in the grammar, after the other topic": "≥ 80 %",
     "topic not amplified, either prompt": "about 12 %",
     "topic unlearned, same topic before": "≤ 5 %",
+    "... sentences in the grammar, topic unlearned": "",
 }
 
 
@@ -243,13 +244,14 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
     neutral, neutral_right = topics(Steering.amplify, neutral=True)
     other, other_right = topics(Steering.amplify, neutral=False)
     plain = [topics(lambda topic: None, neutral=neutral)[0] for neutral in (True, False)]
-    unlearned, _ = topics(Steering.unlearn, neutral=False, same=True)
+    unlearned, unlearned_right = topics(Steering.unlearn, neutral=False, same=True)
     return {"topic amplified, neutral prompt": neutral,
             "... sentences in the grammar": neutral_right,
             "topic amplified, other topic before": other,
             "... sentences in the grammar, after the other topic": other_right,
             "topic not amplified, either prompt": fmean(plain),
-            "topic unlearned, same topic before": unlearned}
+            "topic unlearned, same topic before": unlearned,
+            "... sentences in the grammar, topic unlearned": unlearned_right}
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def print_table(columns: dict[str, dict[str, float]]) -> None:
         cells = []
         for measured in columns.values():
             value = measured[name]
-            if target.endswith("%") or name.startswith(("share", "... through")):
+            if "%" in target or name.startswith(("share", "... through", "... sentences")):
                 cells.append(f"{100 * value:.1f} %")
             elif "point" in target:
                 cells.append(f"{value:.2f} points")

@@ -155,6 +155,9 @@ def test_steering_by_name_or_number_changes_the_text(run):
     assert parts(by_name)[1] == parts(by_number)[1] != parts(plain)[1]
     both = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", model=None, new=40).out
     assert parts(both)[1] != parts(by_name)[1], "strengths below 0 keep a concept out"
+    gentle = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", "--suppression", 0,
+                 model=None, new=40).out
+    assert parts(gentle)[1] != parts(both)[1], "its promoted tokens are not lowered then"
 
 
 def test_a_group_is_steered_along_one_direction(run):
@@ -279,6 +282,7 @@ def refusal(result) -> str:
     (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
+    (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
     (["--score", ""], "the continuation is empty"),
