@@ -12,7 +12,7 @@ from steerling_min.course import EXERCISES, MODIFICATIONS
 from steerling_min.evaluate import MEASURES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8").replace("`tests/test_X.py`", "")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted({line.split("  #")[0].strip() for line in README.splitlines()
                    if re.match(r"    (python|torchrun|pip|echo) ", line)}
                   | set(re.findall(r"`((?:python|torchrun) [^`]+)`", README)))
@@ -39,13 +39,13 @@ def test_every_file_is_in_the_reading_order_with_its_length():
 def test_every_path_it_names_exists():
     for path in re.findall(r"`((?:steerling_min|tests)/[\w./]+|\w+\.(?:py|svg|ipynb))`", README):
         places = [ROOT / path, ROOT / "steerling_min" / path, ROOT / "tests" / path]
-        assert any(place.exists() for place in places), path
+        assert "X.py" in path or any(place.exists() for place in places), path
 
 
 def test_every_function_it_names_exists():
     code = "\n".join(file.read_text("utf-8") for file in ROOT.glob("steerling_min/*.py"))
     for module, name in re.findall(r"`(\w+)\.(\w+)`", README):
-        if (ROOT / "steerling_min" / f"{module}.py").is_file() and name not in ("py", "json"):
+        if (ROOT / "steerling_min" / f"{module}.py").is_file() and name not in ("py", "json", "safetensors"):
             assert re.search(rf"(def|class) {name}\b", code), f"{module}.{name}"
 
 
