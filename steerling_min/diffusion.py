@@ -125,7 +125,7 @@ def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequen
 class Step:
     """One denoising step of a batch of B sequences. Each tuple has one entry per sequence."""
 
-    tokens: Tensor                   # (B, T), prompt and new tokens after this step
+    tokens: Tensor                   # (B, T), a copy: prompt and new tokens after this step
     positions: tuple[Tensor, ...]    # (n,) each: the positions just committed, surest first
     ids: tuple[Tensor, ...]          # (n,) each: the tokens put there
     confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, 0 to 1
@@ -219,7 +219,9 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     ends the text. (A window is what is being filled, a block is who sees whom: windows counted
     from an unaligned prompt straddle two blocks, and see `align`.)
 
-    prompt_tokens: (B, L); L may be 0. Row b draws from seed + b and equals its own single run.
+    prompt_tokens: (B, L); L may be 0. Row b draws from seed + b and equals its own single run. A
+        window lasts until every row still being written has filled it; a row that has ended is
+        asked no more, and its tuples in later steps are empty.
     max_new_tokens: None is 1024, or what the context has room for.
     steps: denoising steps in all, shared out over the windows; None commits one token per step.
     confidence_threshold: instead of steps, commit all positions at least this sure, at least one.
@@ -232,7 +234,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     align: cut the windows at the edges of the attention blocks instead of counting from the
         prompt, so that no window fills the later of two blocks before the earlier is complete.
     allow_eos: let <|endoftext|> be committed: like an instruct model's <|eot_id|>, it fills all to
-        its right with <|endoftext|> and ends the sequence; masks to its left stay.
+        its right with <|endoftext|> and ends the sequence; masks to its left stay. Of several in
+        one step the leftmost counts, after the step's commits.
     stop_tokens: a sequence ends after a window that brought its new text one of these ids.
     seed: None draws differently every time.
     steering: push the text toward concepts, or away from them (`steering.py`).
