@@ -46,10 +46,10 @@ from steerling_min.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.resume import STATE, load_state, save_state
 from steerling_min.tokenizer import RANK_FILE
 
-STEPS = 12_000       # of the bundled model
+STEPS = 10_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of tok_emb's first weights
-DROPOUT = 0.3        # residual dropout: the share of windows that lose epsilon, at the end
+DROPOUT = 0.5        # residual dropout: the share of windows that lose epsilon, at the end
 STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
