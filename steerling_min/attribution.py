@@ -102,7 +102,8 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
 
     Integrated gradients (Sundararajan et al., arXiv 1703.01365) from an all-mask input: the path
     from the mask's embedding to each token's is walked in `steps` equal steps, and the gradients at
-    their ends (a right Riemann sum) are averaged. The attributions add up to
+    their ends (a right Riemann sum) are averaged, multiplied by (embedding - mask's embedding) and
+    summed over D. The logit is the plain one, hidden . tok_emb[target]. The attributions add up to
     logit(tokens) - logit(all masks), nearly; positions that are masks get exactly 0.
 
     Args: tokens (T,), partly masked, as they stood when the target was committed.

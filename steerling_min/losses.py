@@ -71,9 +71,9 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Te
 def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
     """Squared Frobenius norm of the cross-covariance K^T U of known and unknown features (B, T, D).
 
-    Columns are centred over all M = B T tokens (of all processes); the sum of squares is divided
-    by D^2 (M - 1). The known side is detached: the unknown features are to move away, not the
-    labelled ones.
+    Columns are centred over all M = B T tokens; K^T U itself is divided by nothing, its sum of
+    squares by D^2 (M - 1), or D^2 if M = 1. Means, M and K^T U are those of all processes.
+    The known side is detached: the unknown features are to move away, not the labelled ones.
     """
     D = known.shape[-1]
     K, U = known.detach().reshape(-1, D), unknown.reshape(-1, D)  # (M, D)

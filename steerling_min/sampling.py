@@ -73,8 +73,9 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
 
     `count` of them; or, when count is None, every one at or above the confidence threshold, at
     least one. Confidences p that an error of 1e-5 in a logit could make the largest (dp / dlogit
-    is p (1 - p)) count as equal to it, and of equals the earliest comes first: with no prompt and
-    nothing written, all masks look exactly alike.
+    is p (1 - p), at the largest p of all) count as equal to it, and of equals the earliest comes
+    first; the threshold is compared with p as it is. With no prompt and nothing written, all masks
+    look exactly alike.
     Args: logits (m, V), m >= 1. Returns confidences (n,) and rows of logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)
