@@ -37,7 +37,7 @@ def weighted_sum(table: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     k = ids.shape[-1]
     bags = F.embedding_bag(ids.reshape(-1, k), table, mode="sum",
                            per_sample_weights=weights.reshape(-1, k).to(table.dtype))
-    return bags.view(*ids.shape[:-1], -1)
+    return bags.view(*ids.shape[:-1], table.shape[1])
 
 
 def dot_products(table: Tensor, ids: Tensor, y: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor,
     """
     found = [head.logits(part).topk(head.topk, dim=-1)
              for part in hidden.flatten(0, 1).split(TOKENS)]  # (TOKENS, k) each
-    logits, ids = (torch.cat(x).view(*hidden.shape[:-1], -1) for x in zip(*found))
+    logits, ids = (torch.cat(x).view(*hidden.shape[:-1], head.topk) for x in zip(*found))
     return logits, ids
 
 

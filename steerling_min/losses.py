@@ -15,7 +15,7 @@ are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for two of them (`objective.py`). Letters: B windows, T tokens, D width, C known
+are 1, but for three of them (`objective.py`). Letters: B windows, T tokens, D width, C known
 concepts, N chunks, V vocabulary.
 """
 

@@ -185,8 +185,11 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "units[injected]"),
         ("alpha is not detached", ".weight).detach()", ".weight)"),
         ("reconstruction: of what the known head leaves",
-         "reconstruction_loss(unknown, hidden, labelled)",
-         "reconstruction_loss(unknown, hidden, known)"),
+         "reconstruction_loss(alone, hidden, labelled)",
+         "reconstruction_loss(alone, hidden, known)"),
+        ("the head's own losses reach the backbone", "hidden.detach())", "hidden)"),
+        ("without epsilon the unknown side is detached, too",
+         "features(model.unknown_head, hidden[dropped])", "alone[dropped]"),
     ],
     "losses.py": [
         ("reconstruction: the target is not detached", "(hidden - labelled).detach()",

@@ -10,8 +10,9 @@ from conftest import CONFIG
 from steerling_min import Steerling
 from steerling_min.data import Batch
 from steerling_min.losses import compose, independence_loss, presence_loss, reconstruction_loss
-from steerling_min.objective import (EXPRESS, INJECTED, PARTS, RECONSTRUCTION, STRENGTHS, Draws,
-                                     Objective, draw_injections, labels_of_tokens)
+from steerling_min.objective import (EXPRESS, INDEPENDENCE, INJECTED, PARTS, RECONSTRUCTION,
+                                     STRENGTHS, Draws, Objective, draw_injections,
+                                     labels_of_tokens)
 from steerling_min.steering import Steerer, Steering
 
 T = 12
@@ -79,19 +80,37 @@ def test_the_trap_with_both_sides_forced_nothing_reaches_the_heads(model):
     assert "unknown_head.predictor_up" not in got
 
 
-def test_each_concept_loss_reaches_its_own_head_and_the_backbone_below(model):
-    found = losses(model)
+def test_each_concept_loss_reaches_its_own_head(model):
+    found = losses(model, ~NOWHERE)
     presence = reached(model, found["presence"])
     assert "known_head.concept_predictor" in presence
+    assert "transformer.blocks.0.attn.c_attn" in presence, "the backbone is to show the concepts"
     assert not presence & {h for h in HEADS if h.startswith("unknown") or h.endswith("embedding")}
     for name in ("reconstruction", "independence"):
-        got = reached(model, found[name]) & set(HEADS)
-        assert got == {h for h in HEADS if h.startswith("unknown")}, f"{name}: the unknown head"
-    for name, loss in found.items():
-        assert "transformer.blocks.0.attn.c_attn" in reached(model, loss), f"{name} stops at a head"
+        got = reached(model, found[name])
+        assert got == {h for h in HEADS if h.startswith("unknown")}, f"{name}: this head alone"
 
 
-def test_losses_weigh_1_but_for_express_and_reconstruction(model):
+def test_what_the_heads_supply_does_not_depend_on_which_windows_keep_epsilon(model):
+    a, b = losses(model), losses(model, torch.tensor([True, False]))
+    for name in ("reconstruction", "independence", "presence"):
+        assert torch.equal(a[name], b[name]), f"{name} is a loss of all windows"
+    assert a["token"] != b["token"], "a window without epsilon is predicted through concepts"
+
+
+def test_the_state_without_epsilon_is_what_the_heads_say(model):
+    """At full progress: half the labels' features, half the predicted; the unknown side as is."""
+    parts = model(NOISY)
+    labelled = labels_of_tokens(BATCH).float() @ model.known_head.concept_embedding.weight[:8]
+    composed = (labelled + parts.known) / 2 + parts.unknown
+    composed[0] = parts.hidden[0]
+    logits = model.transformer.lm_head(composed)[MASKED]
+    expected = torch.nn.functional.cross_entropy(logits, BATCH.tokens[MASKED])
+    got = losses(model, torch.tensor([False, True]), progress=1.0)["token"]
+    torch.testing.assert_close(got, expected)
+
+
+def test_presence_and_respond_weigh_1_the_others_as_they_say(model):
     found, hidden = losses(model), model.transformer(NOISY)
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
     torch.testing.assert_close(found["presence"], expected)
@@ -99,7 +118,7 @@ def test_losses_weigh_1_but_for_express_and_reconstruction(model):
     labelled = labels_of_tokens(BATCH).float() @ model.known_head.concept_embedding.weight[:8]
     expected = RECONSTRUCTION * reconstruction_loss(parts.unknown, parts.hidden, labelled)
     torch.testing.assert_close(found["reconstruction"], expected)
-    expected = independence_loss(parts.known, parts.unknown)
+    expected = INDEPENDENCE * independence_loss(parts.known, parts.unknown)
     torch.testing.assert_close(found["independence"], expected)
     no_token = torch.zeros(8, 20, dtype=torch.bool)
     draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, INJECT, STRENGTH)
