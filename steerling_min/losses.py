@@ -4,7 +4,8 @@
             + respond + express                                 (in the last part of training)
 
 presence teaches the known head which concepts a chunk of text has; reconstruction, the unknown head
-to supply what these leave of the hidden state; independence, the two not to say the same thing.
+to supply what these leave of the hidden state; independence, the two not to say the same thing. The
+trainer hands the last two a detached hidden state: they shape the head, not the language below it.
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
 hidden state itself: whatever the heads add, epsilon takes away. The token loss then sends no
