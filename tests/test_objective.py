@@ -72,6 +72,7 @@ def test_while_labels_stand_in_fully_the_known_predictor_waits(model):
     assert "known_head.concept_predictor" not in got, "forcing is 1 until 15% of training"
     assert "known_head.concept_embedding" in got, "the labels' embeddings carry the prediction"
     assert "unknown_head.predictor_up" in got, "the unknown side is never forced"
+    assert "transformer.blocks.0.attn.c_attn" in got, "through it the language below learns, too"
 
 
 def test_the_trap_with_both_sides_forced_nothing_reaches_the_heads(model):
