@@ -2,8 +2,9 @@
 
     python tests/mutants.py                             # the mistakes listed below
     python tests/mutants.py --only rotary               # those with this in name or file
-    python tests/mutants.py --generated 50 --seed 1     # 50 small edits, drawn at random
-    python tests/mutants.py --generated all --only sampling.py --jobs 4
+    python tests/mutants.py --sample 8 --seed 1         # 8 of them, drawn at random
+    python tests/mutants.py --generated --sample 50     # 50 small edits, drawn at random
+    python tests/mutants.py --generated --only sampling.py --jobs 4
     python tests/mutants.py --list                      # prints them and runs nothing
 
 A mutant is a copy of the repository with one edit. It is killed when a test fails in it, or hangs;
@@ -16,6 +17,7 @@ Survivors found so far, and not killed since:
 
 import argparse
 import ast
+import multiprocessing
 import os
 import queue
 import random
@@ -32,8 +34,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 MEMORY = 16 * 2**30  # bytes for each process: a mutant may fill a list for ever
+# Every mutant needs a fresh process; forked from one that has imported torch, it starts at once.
+FORKS = multiprocessing.get_context("forkserver")
 
 
 class Mistake(NamedTuple):
@@ -431,26 +437,39 @@ def tests_of(mutant: Mutant, second: bool) -> list[str]:
 
 def environment(copy: Path) -> dict[str, str]:
     """That of a run in a copy: its package comes before an installed one."""
-    return {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(copy),
+    return {**os.environ, "PYTHONPATH": str(copy),
             "PYTHONDONTWRITEBYTECODE": "1"}  # a stale .pyc must not stand in for the mutant
+
+
+def pytest_in(copy: Path, arguments: list[str], report: Path) -> None:
+    """What a process of its own does: run pytest in a copy, and write what it says to a file."""
+    os.setsid()
+    with open(report, "w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(copy)
+    os.environ.update(environment(copy))
+    sys.path.insert(0, str(copy))
+    sys.dont_write_bytecode = True
+    status = pytest.main(arguments)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def run_tests(copy: Path, tests: list[str], options: list[str], limit: float | None) -> str:
     """Run test files in a copy; returns the test that failed first (or what went wrong), or ""."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider",
-               *options, *tests]
-    with subprocess.Popen(command, cwd=copy, env=environment(copy), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
-                          start_new_session=True) as process:
-        try:
-            output, _ = process.communicate(timeout=limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)  # and the processes that a test has started
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return f"a hang, stopped after {limit:.0f} s"
-    if process.returncode == 0:
+    report = copy.with_suffix(".txt")
+    process = FORKS.Process(target=pytest_in, daemon=True, args=(
+        copy, ["-q", "--tb=no", "-p", "no:cacheprovider", *options, *tests], report))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)  # and the processes that a test has started
+        process.join()
+        return f"a hang, stopped after {limit:.0f} s"
+    if process.exitcode == 0:
         return ""
+    output = report.read_text(encoding="utf-8", errors="replace")
     failed = re.findall(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", output, re.M)
     return ", ".join(failed) or (output.strip().splitlines() or ["no output"])[-1]
 
@@ -507,8 +526,9 @@ def run(mutants: list[Mutant], jobs: int, options: list[str], folder: Path) -> l
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--generated", metavar="N", help="so many generated mutants, or all of them")
-    p.add_argument("--seed", type=int, default=0, help="of the choice of generated mutants")
+    p.add_argument("--generated", action="store_true", help="generated mutants, not the listed")
+    p.add_argument("--sample", type=int, metavar="N", help="so many, drawn at random (default: all)")
+    p.add_argument("--seed", type=int, default=0, help="of that choice")
     p.add_argument("--only", nargs="+", default=[], metavar="WORD",
                    help="mutants with one of these in their name, which begins with the file's")
     p.add_argument("--list", action="store_true", help="print the mutants and run nothing")
@@ -516,14 +536,14 @@ def main() -> None:
     p.add_argument("--deselect", nargs="+", default=[], metavar="TEST",
                    help="tests to leave out, tests/file.py::name, as they fail anyway")
     args = p.parse_args()
-    mutants = by_hand() if args.generated is None else generated()
+    mutants = generated() if args.generated else by_hand()
     mutants = [m for m in mutants if not args.only
                or any(word.lower() in m.name.lower() for word in args.only)]
     same = [m for m in mutants if m.key in EQUIVALENT]
     mutants = [m for m in mutants if m.key not in EQUIVALENT]
-    if args.generated not in (None, "all"):
+    if args.sample is not None:
         random.Random(args.seed).shuffle(mutants)
-        mutants = sorted(mutants[:int(args.generated)])
+        mutants = sorted(mutants[:args.sample])
     if args.list:
         print("\n".join(mutant.name for mutant in mutants))
         print(f"{len(mutants)} mutants, and {len(same)} equivalent ones")
@@ -531,11 +551,13 @@ def main() -> None:
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # of what is started here, too
     options = [f"--deselect={test}" for test in args.deselect]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    FORKS.set_forkserver_preload(["pytest", "torch", "tiktoken", "safetensors.torch"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         survivors = run(mutants, args.jobs, options, Path(folder))
     print(f"killed {len(mutants) - len(survivors)} of {len(mutants)}"
           + f"; {len(same)} more are equivalent" * bool(same))
-    sys.exit(args.generated is None and bool(survivors))
+    sys.exit(not args.generated and bool(survivors))
 
 
 if __name__ == "__main__":
