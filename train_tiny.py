@@ -8,9 +8,9 @@
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
 each of its tokens into <|mask|> with probability t, predict the originals with the block-causal
-model, and learn from the masked positions only. The model reads this one noisy sequence: a block is
-predicted from earlier blocks that are noisy too (Block Diffusion puts a clean copy beside it, which
-costs about twice as much). When text is written, earlier blocks are clean.
+model; the token loss is taken at the masked positions only. The model reads this one noisy
+sequence: a block is predicted from earlier blocks that are noisy too (Block Diffusion puts a clean
+copy beside it, which costs about twice as much). When text is written, earlier blocks are clean.
 
 The concept layer learns at the same time; `steerling_min/losses.py` says what, and why,
 and `steerling_min/objective.py` puts a step together.
@@ -49,13 +49,13 @@ from steerling_min.tokenizer import RANK_FILE
 STEPS = 12_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of the first weights of tokens' and known concepts' embeddings
-DROPOUT = 0.3        # residual dropout: the share of windows that lose epsilon
+DROPOUT = 0.4        # residual dropout: the share of windows that lose epsilon
 STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
 
 SIZES = {  # what differs from Config.tiny()
-    "tiny": {},                                                                     # 1.1 M
+    "tiny": {},                                                                     # 1.2 M
     "small": {"n_layers": 8, "n_embd": 256, "n_head": 8},                           # 8 M
     "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
                "block_size": 512, "diff_block_size": 32},                           # 105 M
@@ -112,6 +112,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
+    # as when text is written, only where masks stand
     injected = injected.masked_fill(~masked, -1)[mine] if steering else None
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
@@ -119,7 +120,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
 def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
     """Train until `args.steps` steps or `args.minutes` minutes are over; returns the loss curve.
 
-    Every schedule follows `progress`, from 0 to 1.
+    Every schedule but the warm-up follows `progress`, from 0 to 1.
     """
     config, device = model.config, model.device
     must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
@@ -136,7 +137,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     objective = Objective(model, args.without, lifted)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
-    held_out, first, sums = corpus.held_out(8, config.block_size), step, {}
+    held_out, first, recent = corpus.held_out(8, config.block_size), step, {}
     started = saved = printed = time.monotonic()
     before = elapsed
 
@@ -153,14 +154,15 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
 
         step, now = step + 1, time.monotonic()
         elapsed = before + now - started
-        sums = {name: sums.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
+        for name, loss in losses.items():
+            recent.setdefault(name, []).append(loss.detach())
         if RANK > 0:
             continue  # the first process prints and saves
         speed = (step - first) * args.batch * config.block_size / (now - started)
         when = f"{speed:,.0f} tokens/s, {elapsed / 60 * (1 / max(progress, 1e-9) - 1):.1f} min left"
         if step % LOG_EVERY == 0:
-            means = {name: (x / LOG_EVERY).item() for name, x in sums.items()}
-            means["held out"], sums = held_out_loss(model, held_out), {}
+            means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
+            means["held out"], recent = held_out_loss(model, held_out), {}
             if not math.isfinite(sum(means.values())):
                 raise ValueError(f"at step {step} the loss is not a number any more: try a smaller "
                                  f"--lr than {args.lr}; what was saved before is intact")

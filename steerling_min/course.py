@@ -140,7 +140,8 @@ MODIFICATIONS = {m.name: m for m in [
         "the other tests of test_diffusion.py; test_train_tiny.py"),
     Modification(
         "cosine-noise", "Draw t = 1 - cos(u pi / 2), u uniform: blocks with fewer masks. Compare "
-        "the held-out loss, and say why the weighting 1/t is no bound any more.",
+        "the likelihood bound (the held-out loss is on this noise, too), and say why the weighting "
+        "1/t is no bound any more.",
         "diffusion.py, noise_levels", ("test_diffusion.py::test_noise_levels_are_uniform",), False,
         "the other tests of test_diffusion.py; test_train_tiny.py"),
     Modification(

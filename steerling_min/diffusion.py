@@ -128,7 +128,8 @@ class Step:
     tokens: Tensor                   # (B, T), a copy: prompt and new tokens after this step
     positions: tuple[Tensor, ...]    # (n,) each: the positions just committed, surest first
     ids: tuple[Tensor, ...]          # (n,) each: the tokens put there
-    confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, 0 to 1
+    confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, after penalty and
+                                     # bans, 0 to 1; the token drawn may be another one
     hidden: tuple[Tensor, ...]       # (n, D) each: the states that the logits were computed from
     unwritten: Tensor                # (B,), masks left; at the end only where a sequence stopped
 
@@ -145,8 +146,8 @@ def cached_hidden(model: Steerling, tokens: Tensor, masked: Tensor, injections: 
 
     Two things make it exact, to rounding. Attention is causal across blocks, so keys and values of
     the blocks before the first mask are final, and come from the cache. (Injections go to masked
-    positions: final blocks have none.) For the same reason the blocks after the last masked
-    position asked for cannot influence it.
+    positions: final blocks have none; for guidance see masked_logits.) For the same reason the
+    blocks after the last masked position asked for cannot influence it.
 
     With S = 4, a prompt of 6, and the window [6, 10) filled in the order 8, 6, 9, 7:
 
@@ -178,8 +179,8 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
     steering edits them (`Steerer.compose`).
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
     time with the prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
-    Every masked position is injected, the prompt of the second run included; as that changes, the
-    keys in the cache are void then. Suppression comes last.
+    Every masked position is injected, the second run's prompt included: as that injection ends at
+    its cutoff, no key is final, and the cache is emptied at every step. Suppression comes last.
     """
     mask_id = model.config.mask_token_id
     committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)

@@ -1,23 +1,26 @@
-"""What makes the concept layer mean something: three losses, two devices, two steering losses.
+"""What makes the concept layer mean something: three losses, residual dropout and teacher forcing,
+and two losses for steering.
 
     total = token + presence + reconstruction + independence    (the first: `diffusion.token_loss`)
-            + respond + express                                 (in the last part of training)
+            + respond + express                                 (in the second half of training)
 
-presence teaches the known head which concepts a chunk of text has; reconstruction, the unknown head
-to supply what these leave of the hidden state; independence, the two not to say the same thing. The
-trainer hands the last two a detached hidden state: they shape the head, not the language below it.
+presence teaches the known head, and the backbone below it, which concepts a chunk of text has.
+Reconstruction teaches the unknown head to supply what these leave of the hidden state;
+independence, not to say the same thing as the known one. For these two the trainer computes the
+unknown features from a detached hidden state: they shape that head alone, not the language below.
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
 hidden state itself: whatever the heads add, epsilon takes away. The token loss then sends no
-gradient at all to them, and nothing would make predictions *go through* concepts. Residual dropout
-does: it leaves epsilon out of some windows. Teacher forcing keeps predictions sensible there while
-the known head still has to learn: the true labels' features stand in for the predicted ones. Both
-are in `compose`.
+gradient at all to them, and nothing would make predictions *go through* concepts. (An embedding
+that is injected to steer gets one: as an input.) Residual dropout does: it leaves epsilon out of
+some windows. Teacher forcing keeps predictions sensible there while the known head still has to
+learn: the true labels' features stand in for the predicted ones. Both are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for three of them (`objective.py`). Letters: B windows, T tokens, D width, C known
-concepts, N chunks, V vocabulary.
+are 1, but for three of them (`objective.py`). Letters: B windows (stretches of T tokens of the
+stream of stories; not those that the sampler fills), D width, C known concepts, N chunks, V
+vocabulary.
 """
 
 import math
@@ -50,7 +53,7 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of the chunks' probabilities against their labels, in nats, a scalar.
 
     -log P averaged over the labelled pairs of chunk and concept, plus -log(1 - P) averaged over
-    all other pairs: apart, or the many negatives would drown the few positives.
+    all other pairs: in one average the many negatives would drown the few positives.
 
     Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool. (Labels are
     positive only: False means not labelled, which is taken for absent here.)
@@ -72,9 +75,10 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Te
 def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
     """Squared Frobenius norm of the cross-covariance K^T U of known and unknown features (B, T, D).
 
-    Columns are centred over all M = B T tokens; K^T U itself is divided by nothing, its sum of
-    squares by D^2 (M - 1), or D^2 if M = 1. Means, M and K^T U are those of all processes.
-    The known side is detached: the unknown features are to move away, not the labelled ones.
+    Columns are centred over all M = B T tokens. K^T U is left a sum over tokens, not a mean; its
+    sum of squares is divided by D^2 (M - 1), or D^2 if M = 1. Means, M and K^T U are those of all
+    processes. The known side is detached: the unknown features are to move away, not the labelled
+    ones.
     """
     D = known.shape[-1]
     K, U = known.detach().reshape(-1, D), unknown.reshape(-1, D)  # (M, D)
@@ -84,7 +88,7 @@ def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
     return total(K.T @ U).square().sum() / (D**2 * (M - 1).clamp(min=1))
 
 
-# ---- the two devices -----------------------------------------------------------------------------
+# ---- residual dropout and teacher forcing --------------------------------------------------------
 
 
 def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
@@ -124,7 +128,7 @@ def unknown_forcing(progress: float) -> float:
     return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.25))
 
 
-# ---- the steering losses (last part of training) -------------------------------------------------
+# ---- the steering losses (second half of training) -----------------------------------------------
 
 
 def respond_loss(logits: Tensor, injected: Tensor) -> Tensor:

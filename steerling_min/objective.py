@@ -25,7 +25,7 @@ from .steering import alpha_of, amplify_layer, unit
 # to language: with their gradients in it, independence at 50, not 1, cost 0.27 nats held out after
 # 5,000 steps, and reconstruction at 4, not 2, 0.4 after 1,000. Independence far above 15 makes the
 # unknown features small: 2,048 tokens covary a little by chance, and that is then punished as well.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE = 0.01, 4.0, 15.0
+EXPRESS, RECONSTRUCTION, INDEPENDENCE = 0.01, 16.0, 15.0
 INJECTED = 1 / 4         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (4.0, 12.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
@@ -66,15 +66,16 @@ class Objective(nn.Module):
         self.model, self.without, self.lifted = model, without, lifted
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
-        """Named losses, scalars, to be summed. progress, 0 to 1, is what schedules follow."""
+        """Named losses, scalars, each times its weight: their sum is the loss. progress, 0 to 1, is
+        what schedules follow."""
         batch, noisy, masked, t, dropped, injected, strength = draws
         model, without = self.model, self.without
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
             directions = unit(embedding)  # (C, D); the injection trains them, too
-            units = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
-            alpha = strength * units[injected] * (injected >= 0)  # (B, T)
+            per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
+            alpha = strength * per_logit[injected] * (injected >= 0)  # (B, T)
             injections = {amplify_layer(model.config.n_layers):
                           alpha[..., None] * directions[injected]}  # (B, T, D)
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
@@ -82,8 +83,10 @@ class Objective(nn.Module):
 
         logits = model.known_head.logits(hidden)  # (B, T, C)
         known = features(model.known_head, hidden)  # (B, T, D)
-        alone = features(model.unknown_head, hidden.detach())  # (B, T, D), trains the head alone
-        unknown = alone.index_put((dropped,), features(model.unknown_head, hidden[dropped]))
+        # The same numbers twice: losses through the first reach the unknown head alone; the token
+        # loss, where epsilon is dropped, goes through the second to the backbone as well.
+        detached = features(model.unknown_head, hidden.detach())  # (B, T, D)
+        unknown = detached.index_put((dropped,), features(model.unknown_head, hidden[dropped]))
         token_labels = labels_of_tokens(batch)  # (B, T, C) bool
         C = token_labels.shape[-1]  # 0 where the texts have no labels
         labelled = (token_labels.to(hidden) @ embedding[:C]).float()  # (B, T, D)
@@ -95,8 +98,9 @@ class Objective(nn.Module):
         token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
         losses = {"token": token_loss(token_logits, batch.tokens, masked, t,
                                       "1/t" if "mean" in without else "none"),
-                  "reconstruction": RECONSTRUCTION * reconstruction_loss(alone, hidden, labelled),
-                  "independence": INDEPENDENCE * independence_loss(known, alone)}
+                  "reconstruction":
+                      RECONSTRUCTION * reconstruction_loss(detached, hidden, labelled),
+                  "independence": INDEPENDENCE * independence_loss(known, detached)}
         if C > 0:
             losses["presence"] = presence_loss(logits, batch.chunks, batch.labels)
         if injected is not None:

@@ -72,10 +72,10 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     """The positions to fill now: those whose best token is the most probable, surest first.
 
     `count` of them; or, when count is None, every one at or above the confidence threshold, at
-    least one. Confidences p that an error of 1e-5 in a logit could make the largest (dp / dlogit
-    is p (1 - p), at the largest p of all) count as equal to it, and of equals the earliest comes
-    first; the threshold is compared with p as it is. With no prompt and nothing written, all masks
-    look exactly alike.
+    least one. Of equals the earliest comes first. Rounding must not decide between equals (without
+    a prompt, all masks look alike at first): with p the largest confidence, whatever lies less than
+    1e-5 p (1 - p) below it, what an error of 1e-5 in a logit may change, counts as equal to it. The
+    threshold is compared with the confidences as they are.
     Args: logits (m, V), m >= 1. Returns confidences (n,) and rows of logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)

@@ -28,6 +28,8 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)) / 4
 def test_padding_rows_are_never_selected():
     known, unknown = heads()
     assert known.concept_predictor.weight.shape[0] == 16, "rows are rounded up to pad_multiple"
+    larger = UnknownHead(dataclasses.replace(CONFIG, n_unknown_concepts=20))
+    assert larger.predictor_up.weight.shape[0] == 32, "20 concepts, rounded up to a multiple of 16"
     for head, predictor in ((known, known.concept_predictor), (unknown, unknown.predictor_up)):
         predictor.weight.data[8:] = 100.0 * predictor.weight.data[8:].sign()
         assert head.logits(HIDDEN).shape[-1] == 8, "logits exist for the n_concepts first rows only"
@@ -200,6 +202,12 @@ def test_no_edit_keeps_epsilon_whatever_the_option_says():
     for empty in (None, {}):
         parts = decompose(HIDDEN, known, unknown, known=empty, epsilon="drop")
         torch.testing.assert_close(parts.composed, HIDDEN)
+
+
+def test_concepts_are_counted_from_zero():
+    for head in ("known", "unknown"):
+        edited = decompose(HIDDEN, *heads(), **{head: {0: 5.0}})
+        assert (edited.composed - HIDDEN).abs().max() > 0.1, f"{head} concept 0 can be edited"
 
 
 @pytest.mark.parametrize("head, concept", [("known", 8), ("known", -1), ("unknown", 8)])
