@@ -20,7 +20,6 @@ import resource
 import sys
 import tempfile
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -47,9 +46,10 @@ CONCEPT_FIELDS = ("n_concepts", "topk_known", "topk_known_features", "n_unknown_
                   "unknown_topk", "factorize_rank", "factorize_unknown", "pad_multiple",
                   "concept_dim", "use_unknown", "apply_topk_to_unknown", "use_epsilon_correction",
                   "use_attention_known", "use_attention_unknown", "topk_on_logits")
-MATRIX_PRODUCTS = {"mm", "bmm", "addmm", "_scaled_dot_product_flash_attention_for_cpu",
-                   "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-                   "_scaled_dot_product_flash_attention", "_scaled_dot_product_fused_attention"}
+SDPA = ["flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
+        "fused_attention"]
+MATRIX_PRODUCTS = {"mm", "bmm", "addmm", *(f"_scaled_dot_product_{kernel}{way}"
+                                           for kernel in SDPA for way in ("", "_backward"))}
 
 EXPLANATION = """
 ms/step, tokens/s: writing with the cache, the mean over all steps but the first.
@@ -101,37 +101,27 @@ def time_steps(run, device: str, limit: int | None = None) -> tuple[float, list[
 
 
 class Record(TorchDispatchMode):
-    """Counts the matrix products that run inside it, by operation and by their inputs' shapes."""
+    """Keeps the matrix products that run inside it, with their inputs."""
 
     def __init__(self):
         super().__init__()
-        self.calls = Counter()
+        self.calls = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.__name__.split(".")[0]
-        if name in MATRIX_PRODUCTS:
-            def shape(x):
-                return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, torch.Tensor) else x
-            self.calls[op, tuple(map(shape, args)),
-                       tuple((k, shape(v)) for k, v in (kwargs or {}).items())] += 1
-        return op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if op.__name__.split(".")[0] in MATRIX_PRODUCTS:
+            self.calls.append((op, args, kwargs))
+        return op(*args, **kwargs)
 
-
-def replay(calls: Counter, device: str, repeat: int = 3) -> float:
-    """Milliseconds that recorded matrix products take by themselves, on fresh random inputs."""
-    def tensor(x):
-        if not (isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)):
-            return x
-        shape, stride, dtype = x
-        if dtype == torch.bool:
-            return torch.ones(shape, dtype=dtype, device=device)
-        return torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_()
-    total = 0.0
-    for (op, args, kwargs), n in calls.items():
-        args, kwargs = [tensor(x) for x in args], {k: tensor(x) for k, x in kwargs}
-        op(*args, **kwargs)
-        total += 1000 * n * fastest(device, repeat, op, *args, **kwargs)
-    return total
+    @torch.no_grad()
+    def replay(self, device: str) -> float:
+        """Milliseconds that the same products take by themselves, in the same order."""
+        wait(device)
+        began = time.perf_counter()
+        for op, args, kwargs in self.calls:
+            op(*args, **kwargs)
+        wait(device)
+        return 1000 * (time.perf_counter() - began)
 
 
 def peak(device: str) -> float:
@@ -150,10 +140,12 @@ def measure(way: str, size: str, n: int, device: str, dtype: torch.dtype, compil
     if compiled:
         model.transformer.compile(dynamic=True)
     if way == "products":
-        with Record() as record:
-            for _ in unmask(model, prompt, n, seed=0):
-                pass
-        return {"ms": replay(record.calls, device) / n}
+        run, times, step = unmask(model, prompt, n, seed=0), [], True
+        while step:
+            with Record() as record:
+                step = next(run, None)
+            times.append(record.replay(device))
+        return {"ms": sum(times[1:]) / (n - 1)}  # the first step is not counted for ours, either
     run = unmask(model, prompt, n, seed=0, use_cache=way == "cached")
     ms, tokens = time_steps(run, device, PLAIN_STEPS if way == "plain" and n > 64 else None)
     return {"ms": ms, "tokens": tokens, "peak": peak(device), "weights": weights}
@@ -280,7 +272,7 @@ def bench_attention(size: str, lengths: list[int], device: str, dtype: torch.dty
                 with Record() as record:
                     out = call(q, k, v, mask)
                 torch.testing.assert_close(out, enable_gqa(q, k, v, seen), atol=1e-2, rtol=1e-2)
-                kernels = {op.__name__.split(".")[0] for op, *_ in record.calls}
+                kernels = {op.__name__.split(".")[0] for op, _, _ in record.calls}
                 ms = 1000 * fastest(device, 20, call, q, k, v, mask)
                 print(f"| {n} | {kind} | {call.__name__} | {ms:.3f} |", ", ".join(kernels), "|")
 
@@ -317,23 +309,20 @@ def measure_training(device: str) -> None:
     def train(steps):
         args = argparse.Namespace(
             steps=steps, minutes=float("inf"), batch=8, lr=3e-3, seed=0, without=[], text=None,
-            resume=False, compile=False, dtype=torch.float32, out=Path(folder) / str(steps))
-        corpus = train_tiny.Stories(0)
+            resume=False, compile=False, dtype=torch.float32, out=Path(folder))
         model = train_tiny.make_model("tiny", corpus, 0).to(device)
         wait(device)
         began = time.perf_counter()
         train_tiny.train(model, corpus, args)
         wait(device)
-        return 1000 * (time.perf_counter() - began) / steps, 8 * model.config.block_size
+        return 1000 * (time.perf_counter() - began), 8 * model.config.block_size
 
+    corpus = train_tiny.Stories(0)
     with tempfile.TemporaryDirectory() as folder:
-        for steps in (20, 99):  # the first warms up
-            (Path(folder) / str(steps)).mkdir()
-            ms, tokens = train(steps)
-        (Path(folder) / "10").mkdir()
+        (few, _), (many, tokens) = train(19), train(99)  # the difference leaves out preparations
         with Record() as record:
-            train(10)
-        products = replay(record.calls, device) / 10
+            train(4)
+    ms, products = (many - few) / 80, record.replay(device) / 4
     print(f"training the tiny model: {ms:.0f} ms/step, {1000 * tokens / ms:,.0f} tokens/s; its "
           f"matrix products alone {products:.0f} ms, {products / ms:.2f} of it")
 
