@@ -10,10 +10,10 @@ import pytest
 
 from steerling_min import load, unmask
 from steerling_min.labels import Label, Labels
-from steerling_min.page import inputs_of, page
+from steerling_min.page import page
 
 PROMPT = 'The <script>alert("old")</script> & sailor'
-NEW = 24
+NEW = 16
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
@@ -22,7 +22,7 @@ def written():
     model, tokenizer = load()
     prompt = tokenizer.encode(PROMPT)
     steps = list(unmask(model, [prompt], NEW, seed=1, align=True))
-    labels = Labels([Label(0, "sea & </script>")], 24)
+    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts)
     return steps, tokenizer, prompt, page(model, tokenizer, labels, steps, prompt)
 
 
@@ -51,8 +51,7 @@ def test_a_full_context_stays_under_a_megabyte(written):
 
 def test_inputs_are_those_of_the_step_that_committed_the_token(written):
     steps, tokenizer, prompt, text = written
-    model, _ = load()
-    found = inputs_of(model, tokenizer, steps, prompt)
+    found = {token["position"]: token["inputs"] for token in data_of(text)["tokens"]}
     assert found.keys() == set(range(len(prompt), len(prompt) + NEW))
     first = steps[0].positions[0].item()
     assert all(item["position"] < len(prompt) for item in found[first]), "all else was masks"
