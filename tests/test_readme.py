@@ -12,6 +12,7 @@ import pytest
 
 from steerling_min.course import EXERCISES, MODIFICATIONS
 from steerling_min.evaluate import MEASURES
+from steerling_min.objective import PARTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,6 +90,11 @@ def test_its_links_lead_somewhere():
 
 def test_its_table_has_every_measure_and_its_target():
     assert {name: target for name, target, *_ in rows("measure")} == MEASURES
+
+
+def test_its_ablations_leave_out_parts_that_exist():
+    head = re.search(r"^\| measure \| base \|(.*)\|$", README, re.M)[1]
+    assert {part.strip() for part in head.split("|")} <= set(PARTS), "see objective.PARTS"
 
 
 def test_its_counts_are_right():
