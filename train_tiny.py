@@ -1,10 +1,10 @@
 """Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
-    python train_tiny.py                                  # the bundled model: under an hour
-    python train_tiny.py --minutes 10 --batch 4 --lr 0.006# what a student has
-    python train_tiny.py --evaluate runs/tiny             # how good it is, as a table
-    python train_tiny.py --text my.txt                    # on your own text
-    torchrun --nproc-per-node 2 train_tiny.py             # on several GPUs, or several processes
+    python train_tiny.py                                    # the bundled model: under an hour
+    python train_tiny.py --minutes 10 --batch 4 --lr 0.006  # what a student has
+    python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
+    python train_tiny.py --text my.txt                      # on your own text
+    torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or several processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
 each of its tokens into <|mask|> with probability t, predict the originals with the block-causal
