@@ -158,7 +158,10 @@ MODIFICATIONS = {m.name: m for m in [
         "in place of a sigmoid of each. Which loss has to change with it?",
         "iguide.py, apply_head; attribution.py; objective.py",
         ("test_iguide.py::test_known_features_weigh_embeddings_by_sigmoid",
-         "test_iguide.py::test_unknown_embeddings_are_coefficients_times_basis"), True,
+         "test_iguide.py::test_unknown_embeddings_are_coefficients_times_basis",
+         "test_iguide.py::"
+         "test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else",
+         "test_steering.py::test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding"), True,
         "test_diffusion.py; test_attribution.py, once it uses the new weights"),
     Modification(
         "keep-epsilon", "Keep epsilon under an intervention unless told otherwise. Steer by "
@@ -177,7 +180,12 @@ MODIFICATIONS = {m.name: m for m in [
          "test_sampling.py::test_a_threshold_takes_all_that_reach_it_and_one_at_least",
          "test_sampling.py::test_bans_and_penalty_come_before_confidence",
          "test_diffusion.py::test_global_order_takes_the_surest_position_of_the_whole_text",
-         "test_diffusion.py::test_a_step_says_what_it_committed"), True,
+         "test_diffusion.py::test_a_step_says_what_it_committed",
+         "test_diffusion.py::test_a_threshold_needs_fewer_steps_and_each_commit_reaches_it",
+         "test_diffusion.py::"
+         "test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it",
+         "test_diffusion.py::test_eos_is_banned_in_windows_unless_allowed",
+         "test_diffusion.py::test_in_global_order_eos_ends_after_its_step_and_fills_nothing"), True,
         "test_the_cache_is_exact, test_a_row_of_a_batch_is_what_it_would_be_alone"),
     Modification(
         "min-p", "Keep the tokens that are at least (1 - top_p) times as probable as the best, in "
