@@ -469,7 +469,7 @@ def pytest_in(copy: Path, arguments: list[str], report: Path, limit: float | Non
 def run_tests(copy: Path, tests: list[str], options: list[str], limit: float | None) -> str:
     """Run test files in a copy; returns the test that failed first (or what went wrong), or ""."""
     report = copy.with_suffix(".txt")
-    process = FORKS.Process(target=pytest_in, daemon=True, args=(
+    process = FORKS.Process(target=pytest_in, args=(  # not a daemon: tests start processes
         copy, ["-q", "--tb=no", "-p", "no:cacheprovider", *options, *tests], report, limit))
     process.start()
     process.join(limit)
