@@ -12,7 +12,9 @@ one that survives shows a test that is missing, or an edit that changes nothing 
 the edited file's tests run, tests/test_X.py for X.py; if they pass, those in AFTER. A generated
 mutant is named by its line, with the edit in brackets: "x.py:7: return a [< -> <=] b".
 
-Survivors found so far, and not killed since:
+Survivors: none known. Of the generated mutants, those of norm.py, attention.py, block.py,
+backbone.py and iguide.py were all run, those of sampling.py up to line 126, and 236 drawn at random
+from all modules. Three survived at first, all in iguide.py; tests written since kill them.
 """
 
 import argparse
