@@ -23,7 +23,7 @@ from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, 
 from steerling_min.animation import animation
 from steerling_min.attribution import promoted
 from steerling_min.checkpoint import find_checkpoint, replacing
-from steerling_min.cli import Parser
+from steerling_min.cli import Parser, out_of_memory
 from steerling_min.explain import explain, print_explanation
 from steerling_min.labels import Labels, labels_beside, load_labels
 from steerling_min.page import page
@@ -274,8 +274,8 @@ def main() -> None:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
-            raise  # the allocators of torch have no exception type in common
+        if not out_of_memory(error):
+            raise
         print("sample.py: not enough memory; a shorter --max-new-tokens, fewer --num-samples or "
               "--dtype bfloat16 need less", file=sys.stderr)
         sys.exit(2)

@@ -33,7 +33,7 @@ from torch import nn
 
 from steerling_min import Config, Steerling
 from steerling_min.checkpoint import replacing
-from steerling_min.cli import Parser
+from steerling_min.cli import Parser, out_of_memory
 from steerling_min.curve import save_png, text_curve
 from steerling_min.data import Stories, Texts, count_tokens, cut
 from steerling_min.diffusion import corrupt, noise_levels
@@ -220,6 +220,11 @@ def main() -> None:
             run(args)
     except (ValueError, OSError, SafetensorError) as error:
         p.error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        p.error("not enough memory: a smaller --batch or --size needs less; what was saved before "
+                "is intact")
     except KeyboardInterrupt:
         sys.exit(130)
 

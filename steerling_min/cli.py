@@ -1,4 +1,4 @@
-"""What the scripts share: wrong arguments get one line, not a page."""
+"""What the scripts share: what a user can put right gets one line, not a page."""
 
 import argparse
 
@@ -8,3 +8,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: torch's allocators have no type in common."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error))

@@ -211,6 +211,13 @@ def test_a_run_that_diverges_is_ended_with_a_hint(run, monkeypatch):
     assert "try a smaller --lr" in run("--steps", 5, status=2)
 
 
+def test_too_little_memory_is_one_line(run, monkeypatch):
+    def fails(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B.")
+    monkeypatch.setattr(train_tiny, "train", fails)
+    assert "not enough memory: a smaller --batch" in run("--steps", 1, status=2)
+
+
 # ---- other people's texts ------------------------------------------------------------------------
 
 
