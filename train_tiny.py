@@ -17,6 +17,7 @@ and `steerling_min/objective.py` puts a step together.
 """
 
 import dataclasses
+import gc
 import math
 import os
 import random
@@ -84,7 +85,8 @@ def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))  # `train` sets the learning rate
+    # `train` sets the learning rate; fused: one pass over each parameter
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
@@ -265,7 +267,8 @@ def run(args: Namespace) -> None:
             except ImportError:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
         print(f"saved to {args.out}")
-    if WORLD > 1:
+    if WORLD > 1:  # DistributedDataParallel lives on in reference cycles, and keeps threads running
+        gc.collect()  # that abort a process which ends before them
         dist.destroy_process_group()
 
 

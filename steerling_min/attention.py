@@ -51,7 +51,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     (`rope_full_precision`) and cast back to x's dtype.
     """
     a, b = x.float().chunk(2, dim=-1)  # two halves (..., T, d/2)
-    turned = torch.cat([a, b], dim=-1) * cos + torch.cat([-b, a], dim=-1) * sin
+    turned = x.float() * cos + torch.cat([-b, a], dim=-1) * sin
     return turned.to(x.dtype)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .config import Config
 
 MAX_LOGIT = 15.0  # concept logits are clamped to +- this
-TOKENS = 256      # tokens whose concept logits are held at a time; the 8B has 0.5 MB for each
+LOGITS = 2**24    # concept logits held at a time, 64 MB: of 165 tokens of the 8B's unknown head
 
 
 def rows(n: int, multiple: int) -> int:
@@ -117,10 +117,10 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
 
-    The logits of all concepts exist for TOKENS tokens at a time only.
+    The logits of all concepts exist for a part of the tokens at a time, LOGITS numbers at most.
     """
-    found = [head.logits(part).topk(head.topk, dim=-1)
-             for part in hidden.flatten(0, 1).split(TOKENS)]  # (TOKENS, k) each
+    parts = hidden.flatten(0, 1).split(max(1, LOGITS // head.n_concepts))  # (tokens, D) each
+    found = [head.logits(part).topk(head.topk, dim=-1) for part in parts]  # (tokens, k) each
     logits, ids = (torch.cat(x).view(*hidden.shape[:-1], head.topk) for x in zip(*found))
     return logits, ids
 

@@ -54,6 +54,5 @@ def load_state(folder: Path, model: Steerling, optimizer: torch.optim.AdamW, set
             for name, p in model.named_parameters():
                 p.copy_(f.get_tensor(f"weights.{name}"))
                 for moment in MOMENTS:
-                    place = "cpu" if moment == "step" else p.device
-                    optimizer.state[p][moment] = f.get_tensor(f"{moment}.{name}").to(place)
+                    optimizer.state[p][moment] = f.get_tensor(f"{moment}.{name}").to(p.device)
     return run["step"], run["seconds"], run["history"]

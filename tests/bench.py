@@ -17,6 +17,7 @@ import importlib.util
 import json
 import multiprocessing
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -55,7 +56,7 @@ EXPLANATION = """
 ms/step, tokens/s: writing with the cache, the mean over all steps but the first.
 GB/s: bytes of the backbone's weights per second, as if each step read them once.
 peak GB: the most memory the process held; on a GPU, the most that was allocated there.
-/ products: our step's time, over the time of its own matrix products alone.
+/ products: our step's time, over that of its own matrix products alone, in one process, step by step.
 / roofline: our step's time, over max(weights / copy speed, operations / speed of a large product).
 plain / ours: without the cache, everything recomputed. official / ours: the official package, where
 it can be imported, which recomputes everything, too.
@@ -87,6 +88,15 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def milliseconds(device: str, f, *args, **kwargs) -> float:
+    """How long f(*args, **kwargs) takes."""
+    wait(device)
+    began = time.perf_counter()
+    f(*args, **kwargs)
+    wait(device)
+    return 1000 * (time.perf_counter() - began)
+
+
 def time_steps(run, device: str, limit: int | None = None) -> tuple[float, list[int]]:
     """Milliseconds per step of a run of `unmask`, after its first step, and the last tokens."""
     step = next(run)
@@ -114,14 +124,10 @@ class Record(TorchDispatchMode):
         return op(*args, **kwargs)
 
     @torch.no_grad()
-    def replay(self, device: str) -> float:
-        """Milliseconds that the same products take by themselves, in the same order."""
-        wait(device)
-        began = time.perf_counter()
+    def replay(self) -> None:
+        """Compute the same products by themselves, in the same order."""
         for op, args, kwargs in self.calls:
             op(*args, **kwargs)
-        wait(device)
-        return 1000 * (time.perf_counter() - began)
 
 
 def peak(device: str) -> float:
@@ -139,13 +145,15 @@ def measure(way: str, size: str, n: int, device: str, dtype: torch.dtype, compil
     weights = sum(p.numel() * p.element_size() for p in model.transformer.parameters())
     if compiled:
         model.transformer.compile(dynamic=True)
-    if way == "products":
-        run, times, step = unmask(model, prompt, n, seed=0), [], True
-        while step:
+    if way == "products":  # two runs in step: the first is timed, the second's products replayed
+        run, again = (unmask(model, prompt, n, seed=0) for _ in range(2))
+        times, products = [], []
+        for _ in range(n):
+            times.append(milliseconds(device, next, run))
             with Record() as record:
-                step = next(run, None)
-            times.append(record.replay(device))
-        return {"ms": sum(times[1:]) / (n - 1)}  # the first step is not counted for ours, either
+                next(again)
+            products.append(milliseconds(device, record.replay))
+        return {"ratio": sum(times[1:]) / sum(products[1:])}  # the first step prepares, too
     run = unmask(model, prompt, n, seed=0, use_cache=way == "cached")
     ms, tokens = time_steps(run, device, PLAIN_STEPS if way == "plain" and n > 64 else None)
     return {"ms": ms, "tokens": tokens, "peak": peak(device), "weights": weights}
@@ -176,14 +184,7 @@ def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict
 
 def fastest(device: str, repeat: int, f, *args, **kwargs) -> float:
     """Seconds that f(*args, **kwargs) takes at best."""
-    times = []
-    for _ in range(repeat):
-        wait(device)
-        began = time.perf_counter()
-        f(*args, **kwargs)
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(milliseconds(device, f, *args, **kwargs) for _ in range(repeat)) / 1000
 
 
 def limits(size: str, device: str, dtype: torch.dtype) -> dict:
@@ -220,7 +221,7 @@ def bench_writing(size: str, lengths: list[int], device: str, dtype: torch.dtype
         products = apart(measure, "products", size, n, device, dtype, False)
         cells = [f"{ours['ms']:.1f}", f"{1000 / ours['ms']:.0f}",
                  f"{ours['weights'] / ours['ms'] / 1e6:.1f}", f"{ours['peak']:.2f}",
-                 f"{ours['ms'] / products['ms']:.2f}",
+                 f"{products['ratio']:.2f}",
                  f"{ours['ms'] / roofline(Config(**SIZES[size]), ours['weights'], machine):.2f}"]
         for way in ways:
             other = apart(measure, way, size, n, device, dtype, False)
@@ -310,21 +311,26 @@ def measure_training(device: str) -> None:
         args = argparse.Namespace(
             steps=steps, minutes=float("inf"), batch=8, lr=3e-3, seed=0, without=[], text=None,
             resume=False, compile=False, dtype=torch.float32, out=Path(folder))
-        model = train_tiny.make_model("tiny", corpus, 0).to(device)
-        wait(device)
-        began = time.perf_counter()
-        train_tiny.train(model, corpus, args)
-        wait(device)
-        return 1000 * (time.perf_counter() - began), 8 * model.config.block_size
+        train_tiny.train(train_tiny.make_model("tiny", corpus, 0).to(device), corpus, args)
 
-    corpus = train_tiny.Stories(0)
+    corpus, draw_step = train_tiny.Stories(0), train_tiny.draw_step
+    times, products = [], []
+
+    def between(*args):  # a step begins here: the one before it has ended
+        wait(device)
+        times.append(1000 * (time.perf_counter() - between.began))
+        products.append(milliseconds(device, record.replay) / 4)
+        between.began = time.perf_counter()
+        return draw_step(*args)
+
     with tempfile.TemporaryDirectory() as folder:
-        (few, _), (many, tokens) = train(19), train(99)  # the difference leaves out preparations
         with Record() as record:
             train(4)
-    ms, products = (many - few) / 80, record.replay(device) / 4
-    print(f"training the tiny model: {ms:.0f} ms/step, {1000 * tokens / ms:,.0f} tokens/s; its "
-          f"matrix products alone {products:.0f} ms, {products / ms:.2f} of it")
+        train_tiny.draw_step, between.began = between, time.perf_counter()
+        train(80)
+    ms, alone = statistics.median(times[1:]), statistics.median(products[1:])
+    print(f"training the tiny model: {ms:.0f} ms/step, {1000 * 8 * 256 / ms:,.0f} tokens/s; its "
+          f"matrix products alone {alone:.0f} ms, {alone / ms:.2f} of it")
 
 
 def main() -> None:

@@ -289,7 +289,8 @@ EQUIVALENT = {
     "config.n_embd], bias=False)": "the next line gives it the embedding's weight",
     "block.py: cache: KVCache | None = None, layer: int = [0 -> 1]) -> Tensor:":
         "the default goes with no cache, and then the layer's number is not used",
-    "iguide.py: TOKENS = [256 -> 257]": "how many tokens at a time: memory, not results",
+    "iguide.py: LOGITS = [2 -> 3]**24": "how many logits at a time: memory, not results",
+    "iguide.py: LOGITS = 2**[24 -> 25]": "how many logits at a time: memory, not results",
     "iguide.py: bags = F.embedding_bag([ids.reshape(-1, k), table -> table, ids.reshape(-1, k)], "
     'mode="sum",': "torch takes the two in either order",
 }
