@@ -263,6 +263,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         rows = 2 * B if cfg_scale > 0 else B
         cache = KVCache.empty(config, rows, T, like=model.transformer.ln_f.weight)
     active = torch.ones(B, dtype=torch.bool, device=device)  # rows still being written
+    places = torch.arange(T, device=device)
 
     spans = [(L, T)] if order == "global" else windows(L, T - L, config.diff_block_size, align)
     for (start, end), s in zip(spans, spread_steps([end - start for start, end in spans], steps)):
@@ -283,9 +284,9 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
                 positions = masked[b].nonzero()[:, 0][chosen]  # (n,)
                 tokens[b, positions] = ids
                 commits.append((positions, ids, confidence, row_hidden[chosen]))
-                turn_ends = positions[torch.isin(ids, roles.end_turn)]
-                if len(turn_ends):
-                    tokens[b, turn_ends.min() + 1:] = eos_id
+                if len(roles.end_turn) and len(ids):
+                    turn_end = positions.where(torch.isin(ids, roles.end_turn), T).min()  # T: none
+                    tokens[b].masked_fill_(places > turn_end, eos_id)
                 active[b] &= not torch.isin(ids, roles.end).any()
             yield Step(tokens.clone(), *zip(*commits), (tokens == mask_id).sum(1))
         active &= ~torch.isin(tokens[:, L:end], roles.stop).any(1)

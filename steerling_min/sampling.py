@@ -64,7 +64,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: b
     elif temperature == 0:
         return logits.argmax()
     p, ids = nucleus((logits / temperature).softmax(-1), top_p)
-    return ids[torch.multinomial(p, 1, generator=generator)[0]]
+    # indexed by one element and not by a number, which the device would be waited for
+    return ids[torch.multinomial(p, 1, generator=generator)].squeeze(0)
 
 
 def most_confident(logits: Tensor, count: int | None, threshold: float | None

@@ -159,7 +159,7 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("the mask may be committed", "[config.mask_token_id, config.pad_token_id], []",
          "[config.pad_token_id], []"),
         ("EOS may be committed", "banned.append(config.eos_token_id)", "pass"),
-        ("an end of turn overwrites itself", "turn_ends.min() + 1:", "turn_ends.min():"),
+        ("an end of turn overwrites itself", "places > turn_end", "places >= turn_end"),
         ("stop tokens in the prompt count", "torch.isin(tokens[:, L:end], roles.stop)",
          "torch.isin(tokens[:, :end], roles.stop)"),
         ("one seed for all rows", "manual_seed(seed + b)", "manual_seed(seed)"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min.sampling import (choose, commits_per_step, entropy_temperature, most_confident,
                                     nucleus, penalize_repetition, sample, sort_probabilities,
@@ -81,6 +82,25 @@ def test_draws_follow_the_distribution_within_the_nucleus():
     share = drawn.bincount(minlength=5) / 2000
     expected = torch.tensor([0, 0.4, 0, 0.25, 0]) / 0.65
     torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number leaves the device, which has to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op.__name__.startswith("_local_scalar_dense")
+        return op(*args, **(kwargs or {}))
+
+
+def test_no_draw_waits_for_the_device():
+    logits = torch.randn(20, 50, generator=rng())
+    with Waits() as waits:
+        choose(logits, torch.arange(5), 20, None, torch.tensor([7]), 1.1, 1.0, 0.8, True, rng())
+    assert waits.count == 0, (
+        "a Python number made from a tensor (an index, an if, .item()) makes a GPU idle at each "
+        "token: keep it a tensor")
 
 
 def test_temperature_sharpens():
