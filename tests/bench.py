@@ -56,7 +56,7 @@ EXPLANATION = """
 ms/step, tokens/s: writing with the cache, the mean over all steps but the first.
 GB/s: bytes of the backbone's weights per second, as if each step read them once.
 peak GB: the most memory the process held; on a GPU, the most that was allocated there.
-/ products: our step's time, over that of its own matrix products alone, in one process, step by step.
+/ products: our step's time, over that of its own matrix products alone, measured step by step.
 / roofline: our step's time, over max(weights / copy speed, operations / speed of a large product).
 plain / ours: without the cache, everything recomputed. official / ours: the official package, where
 it can be imported, which recomputes everything, too.
