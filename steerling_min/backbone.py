@@ -31,12 +31,12 @@ class Backbone(nn.Module):
         """x (B, T, D), embedded tokens -> hidden (B, T, D), after ln_f.
 
         injections, {layer: (B, T, D)}: each is added to the residual stream after every block whose
-        1-based number is at least its layer. With a cache, `tokens` are those from position
-        cache.length on, and so are the injections and the result; the cache supplies what lies
-        before.
+        1-based number is at least its layer. With a cache, x begins at position cache.length, and
+        so do the injections and the result; the cache supplies what lies before.
 
-        Raises ValueError when the sequence outgrows the context (the rotary angles beyond it were
-        never trained) or what is to be injected at is not a layer.
+        Raises ValueError, with both numbers, when the sequence, what lies before included, outgrows
+        the context of config.block_size tokens (the rotary angles beyond it were never trained), or
+        when a key of injections is not a layer, 1 to n_layers.
         """
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]

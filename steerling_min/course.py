@@ -49,7 +49,7 @@ EXERCISES = {e.name: e for e in [
              "tests/test_block.py tests/test_backbone.py"),
     Exercise("block", "block.py Block.forward", 1, 10, "README, point 8",
              "tests/test_block.py tests/test_backbone.py"),
-    Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30, "attention.py, block.py",
+    Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30, "attention.py, block.py, config.py",
              "tests/test_backbone.py"),
     # the concept layer
     Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10, "the top of iguide.py",
@@ -260,14 +260,14 @@ def start(exercise: Exercise) -> None:
     if f'"exercise: {exercise.name}"' in text:
         raise ValueError(f"{exercise.name} is started already: write it, or restore it")
     KEPT.mkdir(exist_ok=True)
-    node = find(exercise, text)
     with replacing(KEPT / f"{exercise.name}.py") as kept:
-        kept.write_text("".join(text.splitlines(keepends=True)[lines_of(node)]), encoding="utf-8")
+        kept.write_text(current(exercise), encoding="utf-8")
     replace(exercise, blank(exercise, text))
-    print(f"{exercise.where.split()[1]} in {file.relative_to(ROOT)}, line {node.lineno}, is blank; "
+    print(f"{exercise.where.split()[1]} in {file.relative_to(ROOT)}, "
+          f"line {find(exercise, text).lineno}, is blank; "
           f"its docstring says what it does.\nRead: {exercise.read}.\n"
           f"Check: python -m steerling_min.course check {exercise.name}\n"
-          f"Give up: restore in place of check (or git checkout {file.relative_to(ROOT)}).")
+          f"Give up: python -m steerling_min.course restore {exercise.name}")
 
 
 def check(exercise: Exercise) -> None:
@@ -296,8 +296,11 @@ def restore(exercise: Exercise) -> None:
 def original(exercise: Exercise) -> str:
     """The function as it was before `start`."""
     kept = KEPT / f"{exercise.name}.py"
-    if kept.is_file():
-        return kept.read_text(encoding="utf-8")
+    return kept.read_text(encoding="utf-8") if kept.is_file() else current(exercise)
+
+
+def current(exercise: Exercise) -> str:
+    """The function as it is."""
     text = file_of(exercise).read_text(encoding="utf-8")
     return "".join(text.splitlines(keepends=True)[lines_of(find(exercise, text))])
 
@@ -305,7 +308,7 @@ def original(exercise: Exercise) -> str:
 def overview() -> None:
     print("Exercises (level, minutes, where): rebuild a function from its docstring and tests\n")
     for e in EXERCISES.values():
-        started = "   started" if (KEPT / f"{e.name}.py").is_file() else ""
+        started = "   started" if current(e) != original(e) else ""
         print(f"  {e.name:17} {'*' * e.level:3} {e.minutes:3} min  {e.where}{started}")
     print("\nModifications: change the model, and say first which tests must change\n")
     for m in MODIFICATIONS.values():

@@ -117,7 +117,8 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
 
-    The logits of all concepts exist for a part of the tokens at a time, LOGITS numbers at most.
+    The logits of all concepts exist for a part of the tokens at a time: as many tokens as LOGITS
+    numbers have room for, at least one.
     """
     parts = hidden.flatten(0, 1).split(max(1, LOGITS // head.n_concepts))  # (tokens, D) each
     found = [head.logits(part).topk(head.topk, dim=-1) for part in parts]  # (tokens, k) each

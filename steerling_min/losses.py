@@ -35,14 +35,14 @@ from .distributed import mean, total
 
 
 def log_absent(logits: Tensor, chunks: Tensor, N: int) -> Tensor:
-    """log(1 - P), where P is the probability that a chunk has a concept: (N, C), float32 or better.
+    """log(1 - P), where P is the probability that a chunk has a concept: (N, C), in logits' dtype.
 
     Labels belong to chunks, predictions to tokens. Noisy-OR joins them: a chunk has the concept
     unless every token says no, 1 - P = prod_t (1 - p_t) with p_t = sigmoid(logit_t). The product
     underflows on long chunks, so it is a sum of log(1 - p_t) = -softplus(logit_t).
 
-    Args: logits (B, T, C) of the known head; chunks (B, T) int64, each token's chunk, 0 to N - 1,
-    or -1 for special tokens, which take no part.
+    Args: logits (B, T, C) of the known head, float32; chunks (B, T) int64, each token's chunk, 0 to
+    N - 1 over the whole batch (none is empty), or -1 for special tokens, which take no part.
     """
     inside = chunks >= 0
     log_no = -F.softplus(logits[inside])  # (tokens, C)

@@ -111,11 +111,12 @@ def choose(logits: Tensor, tokens: Tensor, count: int | None, threshold: float |
 def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
     """Share out denoising steps over windows in proportion to their lengths.
 
-    None is one step per token. The sum is `steps` as far as possible: every window gets at least
-    one step, none more than it has tokens, so that no step commits nothing. Each gets its share
-    rounded down, then the steps left over go to the largest remainders, earlier windows first
-    among equals. If the minimum of one gave out too many, those farthest above their share return
-    them.
+    None is one step per token. The sum is `steps` as far as possible: every window (none is empty)
+    gets at least one step, none more than it has tokens, so that no step commits nothing. First
+    each gets its share, steps * m / total, rounded down, but at least one. Steps left over go one
+    by one to the window farthest below its share. If the minimum of one gave out too many, they are
+    taken back one by one from the window farthest above its share, of those with more than one.
+    Among equals the earlier window comes first. Whole numbers only: rounding must not decide.
     """
     total = sum(lengths)
     steps = total if steps is None else max(len(lengths), min(steps, total))

@@ -79,13 +79,13 @@ def a_backbone_of_three_layers():
 
 @pytest.mark.parametrize("layer", [0, -1, 4])
 def test_a_layer_that_does_not_exist_is_refused(layer):
-    with pytest.raises(ValueError, match=f"inject_layer = {layer} .*1 to 3"):
+    with pytest.raises(ValueError, match=f"{layer}.*1 to 3"):
         a_backbone_of_three_layers()(torch.zeros(1, 2, dtype=torch.int64),
                                      {layer: torch.zeros(1, 2, 32)})
 
 
 def test_a_sequence_beyond_the_context_is_refused():
-    with pytest.raises(ValueError, match="65 tokens do not fit the context of 64"):
+    with pytest.raises(ValueError, match="65.*64"):
         a_backbone()(torch.zeros(1, 65, dtype=torch.int64))
 
 

@@ -68,7 +68,7 @@ def test_a_long_text_never_has_the_logits_of_all_concepts_at_once(monkeypatch):
     hidden = torch.randn(2, 400, 32, generator=torch.Generator().manual_seed(0))
     with Largest() as largest, torch.no_grad():
         parts = decompose(hidden, known, unknown)
-    assert largest.numel == 100 * 1000, (
+    assert largest.numel <= 100 * 1000, (
         "4096 tokens of the 8B would be 1.7 GB of unknown logits, and more copies of it")
     alone = decompose(hidden[1:, -3:], known, unknown)
     assert torch.equal(parts.unknown_ids[1:, -3:], alone.unknown_ids), "slices in their order"

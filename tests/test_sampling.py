@@ -190,6 +190,13 @@ def test_steps_are_shared_in_proportion_with_largest_remainders_first():
     assert spread_steps([8, 8, 8], 13) == [5, 4, 4], "earlier windows first among equals"
     assert spread_steps([5, 8, 8, 3], 12) == [3, 4, 4, 1], "shares 2.5, 4, 4, 1.5"
     assert spread_steps([8, 3], 5) == [4, 1], "shares 3.64, 1.36: the larger remainder is .64"
+    assert spread_steps([2, 9, 9], 4) == [1, 2, 1], "shares .4, 1.8, 1.8: one each comes first"
+
+
+def test_what_the_minimum_of_one_gave_out_is_taken_back_from_those_above_their_share():
+    assert spread_steps([1, 1, 1, 17], 5) == [1, 1, 1, 2], "shares .25, .25, .25, 4.25"
+    assert spread_steps([1, 1, 1, 8, 9], 6) == [1, 1, 1, 1, 2], (
+        "shares .3, .3, .3, 2.4, 2.7: after 1, 1, 1, 2, 2 the fourth has least below its share")
 
 
 def test_without_steps_every_token_has_its_own():
@@ -200,7 +207,8 @@ def test_without_steps_every_token_has_its_own():
 @pytest.mark.parametrize("lengths", [[3, 8, 8], [19], [1, 16, 2], [1, 1, 1, 16]])
 def test_no_step_is_idle_and_none_is_lost(lengths, steps):
     counts = spread_steps(lengths, steps)
-    assert sum(counts) == min(max(steps, len(lengths)), sum(lengths))
+    assert sum(counts) == min(max(steps, len(lengths)), sum(lengths)), (
+        "as many steps as asked for, but one per window at least, and one per token at most")
     for m, s in zip(lengths, counts):
         per_step = commits_per_step(m, s)
         assert sum(per_step) == m and min(per_step) >= 1 and len(per_step) == s
