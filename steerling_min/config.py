@@ -68,7 +68,7 @@ class Config:
     mlp_ratio: float = 4             # F = mlp_ratio * D ...
     intermediate_size: int | None = None  # ... unless the hidden width F is given here
     norm_eps: float = 1e-5           # added to the mean square in every RMSNorm
-    rope_base: float = 500_000.0     # the slowest rotary wavelength is about 2 pi * rope_base
+    rope_base: float = 500_000.0     # rotary wavelengths rise from 2 pi toward 2 pi * rope_base
     clip_qkv: float | None = 10.0    # q, k, v are clamped to +- this; None: no clamp
     # concept layer
     n_concepts: int = 33_732         # C, known (named) concepts

@@ -49,8 +49,8 @@ EXERCISES = {e.name: e for e in [
              "tests/test_block.py tests/test_backbone.py"),
     Exercise("block", "block.py Block.forward", 1, 10, "README, point 8",
              "tests/test_block.py tests/test_backbone.py"),
-    Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30, "attention.py, block.py, config.py",
-             "tests/test_backbone.py"),
+    Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30,
+             "attention.py, block.py, config.py", "tests/test_backbone.py"),
     # the concept layer
     Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10, "the top of iguide.py",
              "tests/test_iguide.py tests/test_model.py"),
@@ -58,7 +58,7 @@ EXERCISES = {e.name: e for e in [
              "tests/test_iguide.py tests/test_model.py"),
     Exercise("top-concepts", "iguide.py top_concepts", 2, 20, "KnownHead.logits",
              "tests/test_iguide.py tests/test_model.py"),
-    Exercise("decompose", "iguide.py decompose", 3, 45, "README, points 6 and 7",
+    Exercise("decompose", "iguide.py decompose", 3, 30, "apply_head; README, points 6, 7 and below",
              "tests/test_iguide.py tests/test_model.py"),
     Exercise("set-weights", "iguide.py set_weights", 2, 20, "decompose",
              "tests/test_iguide.py tests/test_model.py"),
@@ -263,9 +263,11 @@ def start(exercise: Exercise) -> None:
     with replacing(KEPT / f"{exercise.name}.py") as kept:
         kept.write_text(current(exercise), encoding="utf-8")
     replace(exercise, blank(exercise, text))
-    print(f"{exercise.where.split()[1]} in {file.relative_to(ROOT)}, "
-          f"line {find(exercise, text).lineno}, is blank; "
-          f"its docstring says what it does.\nRead: {exercise.read}.\n"
+    name, docstrings = exercise.where.split()[1], "its docstring says"
+    if "." in name:
+        docstrings = "its docstring and its class's say"
+    print(f"{name} in {file.relative_to(ROOT)}, line {find(exercise, text).lineno}, is blank; "
+          f"{docstrings} what it does.\nRead: {exercise.read}.\n"
           f"Check: python -m steerling_min.course check {exercise.name}\n"
           f"Give up: python -m steerling_min.course restore {exercise.name}")
 

@@ -166,13 +166,14 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     Each head keeps its top-k logits per token and weighs their embeddings by sigmoid(logit). Both
     heads read the hidden state. epsilon = hidden - (known + unknown), before any edit.
 
-    known, unknown: concept id -> weight, an intervention. positions (B, T) bool says where it
-    applies; None means everywhere. There, epsilon "drop" leaves epsilon out; "keep" keeps the one
-    computed before the edit, so that exactly the edited concepts' contributions change. Positions
-    that are not edited are untouched.
+    known, unknown: concept id -> weight, an intervention on either head or both. positions (B, T)
+    bool says where it applies; None means everywhere. There, epsilon "drop" leaves epsilon out (it
+    is 0); "keep" keeps the one computed before the edit, so that exactly the edited concepts'
+    contributions change. Positions that are not edited are untouched; without an edit (None or {})
+    epsilon stays everywhere.
 
-    Raises ValueError for a concept id out of range, another word for epsilon, or positions of the
-    wrong shape.
+    Raises ValueError, naming the value and what is supported, for a concept id out of range,
+    another word for epsilon, or positions that are not bool or have another shape.
     """
     if epsilon not in ("drop", "keep"):
         raise ValueError(f"epsilon = {epsilon!r} is not supported; supported: 'drop', 'keep'")

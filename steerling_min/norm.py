@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """Scale each vector to root mean square 1, then by a learnt weight (arXiv 1910.07467).
 
-    y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension; computed in float32, returned
-    in x's dtype. Unlike LayerNorm it neither centres nor adds a bias.
+    y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension; all of it computed in float32,
+    then returned in x's dtype. Unlike LayerNorm it neither centres nor adds a bias.
     """
 
     def __init__(self, dim: int, eps: float):

@@ -10,8 +10,10 @@ from torch import Tensor
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
     """Make every token that already stands in the sequence less likely, once each.
 
-    A positive logit is divided by the penalty, any other multiplied (CTRL, arXiv 1909.05858).
-    Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns a new tensor (m, V).
+    A positive logit is divided by the penalty (CTRL, arXiv 1909.05858); any other is multiplied, as
+    dividing would make it likelier.
+    Args: logits (m, V); tokens (T,), the sequence, prompt included. Returns a new tensor
+    (m, V); logits stays as it is.
     """
     seen = logits[:, tokens]  # (m, T); only these columns change, out of a large vocabulary
     seen = torch.where(seen > 0, seen / penalty, seen * penalty)

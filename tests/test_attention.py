@@ -77,14 +77,14 @@ def test_pairs_are_channels_j_and_j_plus_half():
 
 
 def test_scores_depend_on_the_distance_of_positions_only():
-    q, k = torch.randn(8, dtype=torch.float64).float(), torch.randn(8)
+    q, k = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 
     def score(i, j):
         cos, sin = rotary_tables(torch.tensor([i, j]), 8, 10_000.0)
         turned = rotate(torch.stack([q, k]), cos, sin)
         return (turned[0] @ turned[1]).item()
-    assert score(3, 1) == pytest.approx(score(50, 48), abs=1e-4)
-    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-4)
+    assert score(3, 1) == pytest.approx(score(50, 48), abs=1e-4), "both are 2 apart"
+    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-4), "2 apart is not 1 apart"
 
 
 def test_rotation_is_done_in_float32():

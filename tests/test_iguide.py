@@ -127,9 +127,9 @@ def test_unknown_embeddings_are_coefficients_times_basis():
 
 def test_with_epsilon_composed_is_the_hidden_state():
     parts = decompose(HIDDEN, *heads())
-    close(parts.composed, HIDDEN, "epsilon = hidden - (known + unknown)")
-    torch.testing.assert_close(parts.known + parts.unknown + parts.epsilon, parts.composed)
-    assert parts.epsilon.abs().max() > 0.1
+    close(parts.composed, HIDDEN, "epsilon = hidden - (known + unknown), and stays")
+    close(parts.known + parts.unknown + parts.epsilon, parts.composed, "the three add up to it")
+    assert parts.epsilon.abs().max() > 0.1, "the concepts leave something over"
 
 
 def test_with_epsilon_no_gradient_reaches_the_concept_heads():
@@ -202,7 +202,7 @@ def test_no_edit_keeps_epsilon_whatever_the_option_says():
     known, unknown = heads()
     for empty in (None, {}):
         parts = decompose(HIDDEN, known, unknown, known=empty, epsilon="drop")
-        torch.testing.assert_close(parts.composed, HIDDEN)
+        close(parts.composed, HIDDEN, "no edit, nothing to take back: epsilon stays")
 
 
 def test_concepts_are_counted_from_zero():
@@ -213,12 +213,13 @@ def test_concepts_are_counted_from_zero():
 
 @pytest.mark.parametrize("head, concept", [("known", 8), ("known", -1), ("unknown", 8)])
 def test_a_concept_that_does_not_exist_is_refused(head, concept):
-    with pytest.raises(ValueError, match=f"^{head} concept {concept} .*; ids are 0 to 7"):
+    with pytest.raises(ValueError, match=f"{head} concept {concept}\\b.*7"):
         decompose(HIDDEN, *heads(), **{head: {concept: 1.0}})
 
 
 def test_options_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match="epsilon = 'remove' .*'drop', 'keep'"):
+    with pytest.raises(ValueError, match="remove.*drop.*keep"):
         decompose(HIDDEN, *heads(), known={1: 0.0}, epsilon="remove")
-    with pytest.raises(ValueError, match=r"positions must be a bool mask of shape \(2, 5\)"):
-        decompose(HIDDEN, *heads(), known={1: 0.0}, positions=torch.ones(5, dtype=torch.bool))
+    for positions in (torch.ones(5, dtype=torch.bool), torch.ones(2, 5)):
+        with pytest.raises(ValueError, match=r"positions.*\(2, 5\)"):
+            decompose(HIDDEN, *heads(), known={1: 0.0}, positions=positions)

@@ -25,7 +25,7 @@ def test_eps_is_added_to_the_mean_square_inside_the_root():
 def test_the_weight_scales_each_channel():
     norm = RMSNorm(4, eps=1e-12)
     norm.weight.data = torch.tensor([1.0, 2.0, 0.0, -1.0])
-    torch.testing.assert_close(norm(torch.ones(1, 4)), norm.weight.data[None])
+    close(norm(torch.ones(1, 4)), norm.weight.data[None], "1 times the channel's own weight")
 
 
 def test_half_precision_is_normalised_in_float32():

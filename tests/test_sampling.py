@@ -23,12 +23,13 @@ def test_repetition_makes_seen_tokens_less_likely_whatever_their_sign():
     logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
     out = penalize_repetition(logits, torch.tensor([0, 1]), 2.0)
     assert out.tolist() == [[1.0, -4.0, 1.0, -1.0]], "positive: divided; negative: multiplied"
+    assert logits.tolist() == [[2.0, -2.0, 1.0, -1.0]], "a new tensor is returned"
 
 
 def test_a_token_is_penalised_once_however_often_it_stands_there():
-    once = penalize_repetition(P[None], torch.tensor([3]), 1.5)
-    often = penalize_repetition(P[None], torch.tensor([3, 3, 3]), 1.5)
-    assert torch.equal(once, often)
+    once = penalize_repetition(P[None].clone(), torch.tensor([3]), 1.5)
+    often = penalize_repetition(P[None].clone(), torch.tensor([3, 3, 3]), 1.5)
+    assert torch.equal(once, often), "once for each distinct token"
 
 
 def test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p():
