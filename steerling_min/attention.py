@@ -32,10 +32,12 @@ def block_causal_mask(query: Tensor, key: Tensor, S: int) -> Tensor:
 def rotary_tables(positions: Tensor, d: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (RoFormer, arXiv 2104.09864), in float32.
 
-    Pair j of a head turns by position * base^(-2j/d) radians, j < d/2. The angles are laid out
-    twice, [angles, angles], because pair j is made of the channels j and j + d/2.
+    Pair j of a head turns by position * base^(-2j/d) radians, j = 0 to d/2 - 1. The angles are laid
+    out twice, [angles, angles], because pair j is made of the channels j and j + d/2 (the paper
+    pairs neighbours).
 
-    Args: positions (T,); d, the head size; base, the rotary base. Returns two (T, d) tensors.
+    Args: positions (T,); d, the head size; base, the rotary base. Returns two (T, d) tensors on the
+    device of positions; all is computed in float32.
     """
     j = torch.arange(0, d, 2, dtype=torch.float32, device=positions.device)  # 0, 2, ... : (d/2,)
     inv_freq = 1.0 / base ** (j / d)
@@ -102,7 +104,11 @@ class Attention(nn.Module):
                 cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
 
-        Tk is T, or with a cache the cached positions plus T; `layer` is this layer's place in it.
+        c_attn gives q, then k, then v, each head after head; all three are clamped to +- clip_qkv
+        (unless None), q and k then normalised over d and rotated. With a cache, k and v go through
+        its `update`, `layer` being this layer's place in it, and Tk is the cached positions plus T;
+        else T. Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
+        through c_proj.
         """
         B, T, D = x.shape
         qkv = self.c_attn(x)  # (B, T, (H + 2G) d)
@@ -114,6 +120,6 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), cos, sin)  # (B, G, T, d)
         if cache is not None:
             k, v = cache.update(layer, k, v)  # (B, G, Tk, d)
-        # softmax(q k^T / sqrt(d)) v; query head i reads key/value head i // (H / G)
+        # softmax(q k^T / sqrt(d)) v, the mask's False set to -inf
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, D))

@@ -25,7 +25,7 @@ class Attribution:
     """The logits of n tokens taken apart: each is known.sum() + unknown.sum() + epsilon."""
 
     tokens: Tensor       # (n,) int64, the tokens asked about
-    known_ids: Tensor    # (n, k) int64
+    known_ids: Tensor    # (n, k) int64; an edited concept adds a column (`iguide.set_weights`)
     known: Tensor        # (n, k), weight * (embedding . tok_emb[token]), in logits
     unknown_ids: Tensor  # (n, k')
     unknown: Tensor      # (n, k')
@@ -51,8 +51,9 @@ def attribute(model: Steerling, hidden: Tensor, tokens: Tensor, steering: Steeri
     """What each selected concept, and epsilon, contributed to the logits of tokens.
 
     Args: hidden (n, D), the states that the logits were computed from; tokens (n,) int64, the one
-    asked about at each; steering, whose interventions count as they did then. (Injections are in
-    the hidden states already. Suppression acts on logits, after all this.)
+    asked about at each; steering, whose interventions count as they did then: edited weights, and
+    the epsilon that was left (`decompose_under`). (Injections are in the hidden states already.
+    Suppression acts on logits, after all this.)
     """
     steering = steering or Steering()
     everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=hidden.device)

@@ -24,8 +24,9 @@ from .steering import Steerer, Steering
 
 
 def noise_levels(B: int, T: int, S: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw t ~ U(0, 1) for every diffusion block of every sequence. Returns (B, T), constant in
-    a block."""
+    """Draw t ~ U(0, 1) for every diffusion block of every sequence. Returns (B, T) on the CPU,
+    constant in a block; blocks are counted from position 0, and the last may be short. The
+    generator is the CPU's, too."""
     n_blocks = -(-T // S)
     t = torch.rand(B, n_blocks, generator=generator)
     return t.repeat_interleave(S, dim=1)[:, :T]
@@ -35,8 +36,9 @@ def corrupt(tokens: Tensor, t: Tensor, mask_token_id: int,
             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Replace each token by the mask with probability t, independently.
 
-    Args: tokens (B, T) int64; t (B, T) in [0, 1]. Returns the noisy tokens and a bool tensor that
-    is True where a token was masked, both (B, T), on the device of tokens.
+    Args: tokens (B, T) int64, left as they are; t (B, T) in [0, 1], on the CPU, like the generator
+    that one uniform number is drawn from for each token. Returns the noisy tokens and a bool tensor
+    that is True where a token was masked, both (B, T), on the device of tokens.
     """
     draws = torch.rand(tokens.shape, generator=generator)
     masked = (draws < t).to(tokens.device)
@@ -50,9 +52,11 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     weighting "none": the mean over masked tokens. "1/t": each is weighed by 1/t of its block and
     the sum divided by all B T tokens. For uniform t its expectation is an upper bound on the
     negative log-likelihood per token of a block, given what stands before it, noise included
-    (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+    (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Sums and counts are those of all processes
+    (`distributed.py`).
     Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t
-    (B, T). Returns a scalar; 0 where nothing is masked. Raises ValueError for another weighting.
+    (B, T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError,
+    naming it and what is supported, for another weighting.
     """
     if weighting not in ("none", "1/t"):
         raise ValueError(f"weighting = {weighting!r} is not supported; supported: 'none', '1/t'")
@@ -73,10 +77,12 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
     tokens one by one. By Jensen's inequality that is at least -log of the mean probability over
     orders. (Orders at random: the sampler's surest-first is another distribution.) It is the "1/t"
     bound with the masks counted instead of t drawn (LLaDA, arXiv 2502.09992, equation 6), at less
-    variance. The m of a block's samples are spread evenly over 1 .. n.
+    variance. The m of a block's samples are spread evenly over 1 .. n: sample i has
+    m = 1 + floor(n (i + u) / samples), with one u ~ U(0, 1) for each row and block.
 
-    Args: tokens (B, T) without masks; 0 <= start < T; samples, the Monte-Carlo draws per block;
-    generator on the CPU. Raises ValueError for a start outside.
+    Logits come from the hidden state: with epsilon, that is what is composed. Args: tokens (B, T)
+    without masks; 0 <= start < T; samples, the Monte-Carlo draws per block; generator on the CPU.
+    Raises ValueError, naming it, for a start outside.
     """
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
     if not 0 <= start < T or samples < 1:
@@ -149,7 +155,8 @@ def cached_hidden(model: Steerling, tokens: Tensor, masked: Tensor, injections: 
     positions: final blocks have none; for guidance see masked_logits.) For the same reason the
     blocks after the last masked position asked for cannot influence it.
 
-    With S = 4, a prompt of 6, and the window [6, 10) filled in the order 8, 6, 9, 7:
+    With S = 4, a prompt of 6, seven new tokens and the window [6, 10) filled in the order 8, 6, 9,
+    7 (a pass uses the length before; then it moves to the start of the first asked one's block):
 
         masked when asked   computed   cache.length before and after
         6 7 8 9             0 to 11    0 -> 4    a block of the prompt is final

@@ -57,7 +57,8 @@ class KnownHead(nn.Module):
         self.concept_embedding = nn.Embedding(stored, config.n_embd)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> (..., C) float32 in [-15, 15], the padding rows left out."""
+        """hidden (..., D) -> (..., C), C = n_concepts: the predictor's products, in hidden's dtype,
+        then float32, clamped to +- MAX_LOGIT. Padding rows are left out before the product."""
         predictor = self.concept_predictor.weight[: self.n_concepts]  # (C, D)
         return F.linear(hidden, predictor).float().clamp(-MAX_LOGIT, MAX_LOGIT)
 
@@ -84,13 +85,14 @@ class UnknownHead(nn.Module):
         self.embedding_basis = nn.Linear(r, config.n_embd, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (..., D) -> (..., C) float32 in [-15, 15], through z of r numbers per token."""
+        """The same, but through z of r numbers per token: hidden (..., D) -> (..., C) float32."""
         z = self.predictor_down(hidden)  # (..., r)
         return F.linear(z, self.predictor_up.weight[: self.n_concepts]).float().clamp(
             -MAX_LOGIT, MAX_LOGIT)
 
     def features(self, ids: Tensor, weights: Tensor) -> Tensor:
-        """ids, weights (B, T, k) -> (B, T, D): sum the r coefficients first, then one matmul."""
+        """ids, weights (B, T, k) -> (B, T, D): the weighted sum of the concepts' r coefficients (as
+        KnownHead.features sums embeddings), then one product with the basis."""
         return self.embedding_basis(weighted_sum(self.embedding_coef.weight, ids, weights))
 
     def alignment(self, ids: Tensor, y: Tensor) -> Tensor:
@@ -102,10 +104,11 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
                 positions: Tensor) -> tuple[Tensor, Tensor]:
     """Set the weights of chosen concepts at chosen positions, selected there before or not.
 
-    The old weight of an edited concept becomes 0, and a column with the new one is appended.
+    At those positions the old weight of an edited concept becomes 0, and for each edit a column is
+    appended that holds the new one; elsewhere that column's weight is 0.
 
-    Args: ids, weights (B, T, k); edits, concept id -> weight; positions (B, T) bool.
-    Returns ids and weights of shape (B, T, k + len(edits)).
+    Args: ids, weights (B, T, k), left as they are; edits, concept id -> weight; positions (B, T)
+    bool. Returns ids and weights of shape (B, T, k + len(edits)).
     """
     for concept, value in edits.items():
         weights = weights.masked_fill((ids == concept) & positions[..., None], 0.0)

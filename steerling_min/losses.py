@@ -53,18 +53,21 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of the chunks' probabilities against their labels, in nats, a scalar.
 
     -log P averaged over the labelled pairs of chunk and concept, plus -log(1 - P) averaged over
-    all other pairs: in one average the many negatives would drown the few positives.
+    all other pairs: in one average the many negatives would drown the few positives. Both averages
+    are those of all processes, 0 where there is nothing to average (`distributed.mean`). With
+    log(1 - P) from `log_absent`, log P = log(1 - exp(log(1 - P))): by expm1, as P may be tiny, but
+    never 0 since logits are within +-15.
 
     Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool. (Labels are
     positive only: False means not labelled, which is taken for absent here.)
     """
     absent = log_absent(logits, chunks, len(labels))  # (N, C), log(1 - P)
-    present = torch.log(-torch.expm1(absent))  # (N, C), log P; finite, as logits are within +-15
+    present = torch.log(-torch.expm1(absent))  # (N, C), log P
     return mean(-present[labels]) + mean(-absent[~labels])
 
 
 def reconstruction_loss(unknown: Tensor, hidden: Tensor, labelled: Tensor) -> Tensor:
-    """Mean square, over D and tokens, of unknown - (hidden - labelled); all (B, T, D).
+    """Mean square, over D and all processes' tokens, of unknown - (hidden - labelled): (B, T, D).
 
     The unknown head is to supply what the true labels leave over. The target sends no gradient:
     neither it nor the labels' embeddings are to move toward what the head supplies already.
@@ -95,18 +98,18 @@ def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dr
             force_known: float, force_unknown: float = 0.0) -> Tensor:
     """The composed state (B, T, D) that the token loss of a training step is computed through.
 
-    Where epsilon is kept it equals hidden, whatever the heads say. Where it is dropped:
+    Where epsilon is kept it is hidden, exactly, whatever the heads say. Where it is dropped:
 
         composed =   force_known * labelled              + (1 - force_known) * known
                  + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
 
     Mind the trap: with both forced, labelled + (hidden - labelled) is hidden again, and although
-    epsilon is gone no gradient reaches the heads. Hence force_unknown = 0: the unknown side is
-    always the predicted one here.
+    epsilon is gone no gradient reaches the heads. Hence force_unknown is 0 unless asked for: the
+    unknown side is the predicted one. Nothing is detached.
 
     Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
     embeddings, summed), all (B, T, D); dropped (B,) bool, the windows without epsilon; force_known
-    and force_unknown, 0 to 1, see below.
+    and force_unknown, 0 to 1 (`known_forcing`, `unknown_forcing`).
     """
     forced_known = torch.lerp(known, labelled, force_known)
     forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)

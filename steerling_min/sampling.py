@@ -34,8 +34,9 @@ def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
     """A temperature that follows the model's doubt: 0.3 when it is sure, up to 0.7 when not.
 
     p = softmax(logits); k = max(2, 1 + how many of the sorted cumulative probabilities are at
-    most top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k).
-    Args: logits (V,). Returns a scalar tensor, so that no device has to be waited for.
+    most top_p), roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k), where
+    H(p) = -sum p ln p over all tokens, those of probability 0 (logit -inf: banned) counting 0.
+    Args: logits (V,). Returns a scalar tensor: no .item(), which a device would be waited for.
     """
     p, _ = sort_probabilities(logits.softmax(-1))
     k = (1 + (p.cumsum(-1) <= top_p).sum()).clamp(min=2)
@@ -46,8 +47,9 @@ def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
 def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Top-p filtering (arXiv 1904.09751): drop the tail of the distribution.
 
-    Sorted tokens are kept while the probability *before* them is at most top_p, so the first
-    always is. Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and token ids.
+    Sorted tokens (`sort_probabilities`) are kept while the probability *before* them is at most
+    top_p, so the first always is. What is kept is not rescaled: torch.multinomial does that.
+    Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and their token ids.
     """
     p, ids = sort_probabilities(p)
     before = p.cumsum(-1) - p

@@ -56,7 +56,7 @@ class Steering:
 
         The direction of the concept and its group is injected with a negative raw alpha, to the
         end; the tokens that the concept alone promotes are suppressed. layer None is
-        n_layers // 2.
+        n_layers // 2, at least 1.
         """
         ids = tuple(dict.fromkeys((id, *group)))
         return cls(injections=(Injection(ids, strength, layer, False, None),),
@@ -81,7 +81,8 @@ def unit(directions: Tensor) -> Tensor:
 
 
 def alpha_of(strength: float | Tensor, directions: Tensor, tok_emb: Tensor) -> Tensor:
-    """How far to go along unit directions (..., D) for a strength in logit units: (...).
+    """How far to go along unit directions (..., D) for a strength in logit units: one alpha for
+    each direction, (...).
 
     A step of alpha raises the logit of the token that the direction promotes most by `strength`:
     alpha = strength / max_v(tok_emb_v . direction). tok_emb is (V, D).
@@ -120,7 +121,9 @@ class Steerer:
             self.suppression += strength * (tok_emb @ embeddings(concept)[0]).relu()
 
     def vectors(self, masked: Tensor, committed: Tensor) -> dict[int, Tensor]:
-        """What to inject now, {layer: (B, T, D)}: nothing where a token stands already.
+        """What to inject now, {layer: (B, T, D)}, in the model's dtype: at masked positions, while
+        fewer than cutoff_tokens (None: no limit) are committed in their row, and 0 elsewhere. What
+        starts at the same layer adds up; every layer of an injection is there, even when all is 0.
 
         Args: masked (B, T) bool; committed (B,), new tokens written so far in each sequence.
         """

@@ -29,7 +29,9 @@ def test_the_mask_is_the_truth_table_of_the_definition():
              "xxxxxx",
              "xxxxxx"]
     expected = torch.tensor([[cell == "x" for cell in row] for row in table])
-    assert torch.equal(block_causal_mask(positions, positions, 2), expected), (
+    mask = block_causal_mask(positions, positions, 2)
+    assert mask.dtype == torch.bool, "a bool mask: SDPA would add one of floats to the scores"
+    assert torch.equal(mask, expected), (
         "query i (row) sees key j (column) exactly when i // S >= j // S")
 
 
@@ -50,15 +52,16 @@ def test_blocks_are_counted_from_the_start_of_the_sequence():
 def test_position_zero_is_not_turned():
     cos, sin = rotary_tables(torch.tensor([0]), 8, 500_000.0)
     x = torch.randn(1, 8)
-    torch.testing.assert_close(rotate(x, cos, sin), x)
+    close(rotate(x, cos, sin), x, "positions are counted from 0: the first turns by no angle")
 
 
 def test_the_angle_of_pair_j_is_position_times_base_to_the_minus_2j_over_d():
     cos, sin = rotary_tables(torch.tensor([3]), 4, 100.0)
+    assert cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (1, 4)
     angles = [3.0, 3.0 * 100 ** -0.5]  # j = 0, 1 with d = 4
-    close(cos[0], torch.tensor([math.cos(a) for a in angles * 2]),
-          "the angles are laid out twice: [angles, angles]")
-    torch.testing.assert_close(sin[0], torch.tensor([math.sin(a) for a in angles * 2]))
+    close(cos[0, :2], torch.tensor([math.cos(a) for a in angles]), "position * base^(-2j/d)")
+    close(cos[0, 2:], cos[0, :2], "the angles are laid out twice: [angles, angles]")
+    close(sin[0], torch.tensor([math.sin(a) for a in angles * 2]), "the same angles' sines")
 
 
 def test_a_pair_turns_counter_clockwise():
@@ -117,7 +120,9 @@ def test_attention_is_softmax_over_the_visible_keys():
                 p = (qh[i] @ kh[seen].T / math.sqrt(8)).softmax(-1)
                 out[b, i, mine] = p @ v[b, seen, theirs].double()
     expected = out @ attn.c_proj.weight.T.double()
-    torch.testing.assert_close(attn(x, cos, sin, mask).double(), expected, atol=1e-5, rtol=0)
+    close(attn(x, cos, sin, mask).double(), expected,
+          "c_attn gives q, k, v, each head after head; norm, then rotation; scores / sqrt(d); two "
+          "query heads to each key/value head; heads side by side into c_proj")
 
 
 def test_projections_are_clamped_before_the_heads_are_split():
@@ -127,9 +132,10 @@ def test_projections_are_clamped_before_the_heads_are_split():
     attn.c_attn.weight.data[48:] = 0.0                 # v ...
     attn.c_attn.weight.data[48:, 0] = 1000.0           # ... is 1000 times channel 0, all of it
     attn.c_proj.weight.data = torch.eye(32)
-    x[..., 0] = 1.0
-    out = attn(x, cos, sin, mask)
-    close(out, torch.full_like(out, 10.0), "clip_qkv = 10 bounds v too")
+    for sign in (1.0, -1.0):
+        x[..., 0] = sign
+        out = attn(x, cos, sin, mask)
+        close(out, torch.full_like(out, 10.0 * sign), "clip_qkv = 10 bounds v, too, on both sides")
 
 
 def test_without_clip_qkv_nothing_is_clamped():
@@ -161,8 +167,8 @@ def test_a_pass_over_the_rest_equals_a_pass_over_everything():
     whole = attn(x, cos, sin, mask, cache)
     cache.length = 8
     rest = attn(x[:, 8:], cos[8:], sin[8:], mask[8:], cache)
-    torch.testing.assert_close(rest, whole[:, 8:], atol=1e-6, rtol=0)
-    torch.testing.assert_close(whole, attn(x, cos, sin, mask), atol=1e-6, rtol=0)
+    close(rest, whole[:, 8:], "keys go into the cache normalised and rotated", atol=1e-6)
+    close(whole, attn(x, cos, sin, mask), "an empty cache changes nothing", atol=1e-6)
 
 
 def test_what_an_earlier_pass_wrote_behind_length_is_never_read():

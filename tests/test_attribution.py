@@ -51,7 +51,8 @@ def test_interventions_count_as_they_did(model, golden, epsilon):
     out = model(tokens, known={3: 1.5, 7: 0.0}, unknown={5: 2.0}, epsilon=epsilon)
     targets = torch.arange(40)
     found = attribute(model, out.hidden[0], targets, steering)
-    close(total(found), out.logits[0].gather(1, targets[:, None])[:, 0], "the edited logit")
+    close(total(found), out.logits[0].gather(1, targets[:, None])[:, 0],
+          "edited weights, and the epsilon under the edit")
     assert (found.epsilon == 0).all() == (epsilon == "drop")
 
 

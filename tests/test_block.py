@@ -35,7 +35,7 @@ def test_the_norms_sit_on_the_branches_outputs():
     x = torch.randn(1, 8, 32)
     after_attention = x + block.ln_1(block.attn(x, *around))
     expected = after_attention + block.ln_2(block.mlp(after_attention))
-    torch.testing.assert_close(block(x, *around), expected)
+    close(block(x, *around), expected, "x + ln_1(attn(x)), then x + ln_2(mlp(x)) of the new x")
     added = (block(x, *around) - after_attention).square().mean(-1).sqrt()
     close(added, torch.ones(1, 8), "ln_2 (weight 1) gives what the MLP adds root mean square 1",
           atol=1e-2)
@@ -55,4 +55,4 @@ def test_a_silent_branch_leaves_the_residual_stream_alone():
     block.attn.c_proj.weight.data.zero_()
     block.mlp.c_proj.weight.data.zero_()
     x = torch.randn(1, 8, 32)
-    assert torch.equal(block(x, *around), x)
+    assert torch.equal(block(x, *around), x), "both branches are added to x"

@@ -33,13 +33,18 @@ def small():
 
 def test_every_block_of_every_sequence_has_its_own_noise_level():
     t = noise_levels(50, 40, 8, rng())
+    assert t.shape == (50, 40) and torch.equal(t, noise_levels(50, 40, 8, rng())), (
+        "(B, T), drawn from the generator")
     blocks = t.view(50, 5, 8)
     assert (blocks == blocks[..., :1]).all(), "one level inside a block"
     assert len(blocks[..., 0].unique()) == 250, "drawn for each block and each sequence"
 
 
 def test_a_last_short_block_has_a_level_too():
-    assert noise_levels(2, 11, 4, rng()).shape == (2, 11)
+    t = noise_levels(2, 11, 4, rng())
+    assert t.shape == (2, 11), "T need not be a multiple of S: the last block is cut short"
+    for begin, end in ((0, 4), (4, 8), (8, 11)):
+        assert (t[:, begin:end] == t[:, begin:begin + 1]).all(), "blocks count from position 0"
 
 
 def test_noise_levels_are_uniform():
@@ -51,8 +56,12 @@ def test_noise_levels_are_uniform():
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.7, 1.0])
 def test_each_token_is_masked_with_probability_t(level):
     tokens = torch.randint(0, 90, (64, 256), generator=rng(1))
-    noisy, masked = corrupt(tokens, torch.full((64, 256), level), 99, rng(2))
-    assert masked.float().mean().item() == pytest.approx(level, abs=0.02)
+    t = torch.full((64, 256), level)
+    noisy, masked = corrupt(tokens, t, 99, rng(2))
+    assert masked.float().mean().item() == pytest.approx(level, abs=0.02), (
+        "masked where a uniform number, one for each token, is below t")
+    assert (tokens < 90).all(), "the originals are left as they are: the loss needs them"
+    assert torch.equal(masked, corrupt(tokens, t, 99, rng(2))[1]), "draws come from the generator"
     assert (noisy[masked] == 99).all() and torch.equal(noisy[~masked], tokens[~masked]), (
         "a masked token becomes the mask and nothing else changes")
 
@@ -62,6 +71,11 @@ def test_masking_is_independent_between_neighbours():
     _, masked = corrupt(tokens, torch.full((64, 256), 0.5), 9, rng())
     both = (masked[:, 1:] & masked[:, :-1]).float().mean().item()
     assert both == pytest.approx(0.25, abs=0.02)
+
+
+def test_every_token_is_masked_by_its_own_level():
+    t = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert torch.equal(corrupt(torch.zeros(2, 3, dtype=torch.int64), t, 9)[1], t == 1.0)
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -105,11 +119,14 @@ def test_one_over_t_is_an_unbiased_mean_over_all_tokens():
 def test_nothing_masked_costs_nothing():
     logits, tokens, masked, t, _ = a_case()
     for weighting in ("none", "1/t"):
-        assert token_loss(logits[masked & False], tokens, masked & False, t, weighting) == 0.0
+        none = masked & False
+        loss = token_loss(logits.requires_grad_()[none], tokens, none, t, weighting)
+        loss.backward()  # and it can be trained on
+        assert loss == 0.0 and (logits.grad == 0.0).all()
 
 
 def test_another_weighting_is_refused():
-    with pytest.raises(ValueError, match="weighting = 't' .*'none', '1/t'"):
+    with pytest.raises(ValueError, match="weighting.*'t'.*none.*1/t"):
         token_loss(*a_case()[:4], "t")
 
 
@@ -140,6 +157,15 @@ def test_the_bound_averages_over_every_order_of_a_blocks_tokens(small, start):
     exact = any_order_surprise(small, tokens, start)
     close(estimate.double(), exact, "m ~ U{1..n} masks, n/m times their cross-entropies, earlier "
           "blocks clean", atol=0.08)
+
+
+def test_the_bounds_samples_have_every_number_of_masks_equally_often(small):
+    read = []
+    hook = small.transformer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    likelihood_bound(small, torch.zeros(2, 4, dtype=torch.int64), samples=4, generator=rng())
+    hook.remove()
+    masks = (read[0].view(2, 4, 4) == small.config.mask_token_id).sum(-1)  # (B, samples)
+    assert masks.tolist() == [[1, 2, 3, 4]] * 2, "m = 1 + floor(n (i + u) / samples): less variance"
 
 
 def test_the_bound_of_one_token_is_its_surprise(small):
@@ -256,7 +282,9 @@ def test_the_cache_is_exact(model, mode, L):
             assert torch.equal(fast.positions[b], plain.positions[b]), f"step {i}: other positions"
             assert torch.equal(fast.ids[b], plain.ids[b]), f"step {i}: other tokens"
             error = (fast.confidences[b] - plain.confidences[b]).abs()
-            assert (error <= 1e-5).all(), f"step {i}: other confidences"
+            assert (error <= 1e-5).all(), (
+                f"step {i}: other confidences. Was a key read before its block was computed "
+                "without masks, or a block not computed to its end?")
         assert torch.equal(fast.tokens, plain.tokens), f"step {i}: other tokens after it"
 
 

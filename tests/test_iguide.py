@@ -69,7 +69,8 @@ def test_a_long_text_never_has_the_logits_of_all_concepts_at_once(monkeypatch):
     with Largest() as largest, torch.no_grad():
         parts = decompose(hidden, known, unknown)
     assert largest.numel <= 100 * 1000, (
-        "4096 tokens of the 8B would be 1.7 GB of unknown logits, and more copies of it")
+        "at most LOGITS logits at a time (4096 tokens of the 8B's unknown head would be 1.7 GB), "
+        "and padding rows are left out before the product")
     alone = decompose(hidden[1:, -3:], known, unknown)
     assert torch.equal(parts.unknown_ids[1:, -3:], alone.unknown_ids), "slices in their order"
     close(parts.known[1:, -3:], alone.known, "a token's concepts do not depend on other tokens")
@@ -83,6 +84,7 @@ def test_logits_are_clamped_to_15():
     for head in (known, unknown):
         logits = head.logits(HIDDEN * 1000)
         assert logits.max() == 15.0 and logits.min() == -15.0
+        assert head.bfloat16().logits(HIDDEN.bfloat16()).dtype == torch.float32, "ranked in float32"
 
 
 def test_selection_ranks_by_logit_where_float32_sigmoids_tie():
@@ -159,6 +161,19 @@ def test_a_weight_is_set_whether_the_concept_was_selected_or_not():
         for i, w in zip(new_ids.flatten().tolist(), new_weights.flatten().tolist()):
             sums[i] = sums.get(i, 0.0) + w
         assert sums == pytest.approx(total), "the new weight replaces the old one; others stay"
+
+
+def test_weights_are_set_at_the_chosen_positions_only():
+    ids, weights = torch.tensor([[[4, 7], [7, 4]]]), torch.tensor([[[0.9, 0.5], [0.8, 0.6]]])
+    before = ids.clone(), weights.clone()
+    first = torch.tensor([[True, False]])
+    new_ids, new_weights = set_weights(ids, weights, {7: 2.0, 1: 3.0}, first)
+    assert new_ids.shape == new_weights.shape == (1, 2, 4), "a column for each of the two edits"
+    dense = torch.zeros(1, 2, 8).scatter_add(-1, new_ids, new_weights)
+    close(dense[0, 0, [1, 4, 7]], torch.tensor([3.0, 0.9, 2.0]), "both edits, at position 0")
+    close(dense[0, 1, [1, 4, 7]], torch.tensor([0.0, 0.6, 0.8]), "position 1 is not one")
+    assert torch.equal(ids, before[0]) and torch.equal(weights, before[1]), (
+        "the arguments are left as they are")
 
 
 def test_epsilon_is_left_out_at_edited_positions_only():

@@ -66,12 +66,16 @@ def test_presence_survives_long_chunks_and_sure_tokens():
         loss = presence_loss(logits, chunks, torch.tensor([[True, False]]))
         loss.backward()
         assert math.isfinite(loss.item()) and logits.grad.isfinite().all()
+        absent = -tokens * math.log1p(math.exp(logit))  # in float64
+        expected = -math.log(-math.expm1(absent)) - absent
+        assert loss.item() == pytest.approx(expected, rel=1e-5), "log P by expm1: 1 - P rounds"
 
 
 def test_without_labels_only_the_negatives_cost():
     logits = normal(B, T, C)
     loss = presence_loss(logits, CHUNKS, LABELS & False)
-    close(loss, -log_absent(logits, CHUNKS, 4).mean(), "all pairs are negative")
+    close(loss, -log_absent(logits, CHUNKS, 4).mean(),
+          "all pairs are negative, and the mean of no positives is 0")
 
 
 # ---- reconstruction and independence -------------------------------------------------------------
@@ -138,7 +142,8 @@ def test_with_epsilon_no_gradient_reaches_the_heads():
     hidden, known, unknown, labelled = parts = parts_for_compose()
     kept = torch.zeros(B, dtype=torch.bool)
     composed = compose(*parts, kept, 0.5)
-    assert torch.equal(composed, hidden)
+    assert torch.equal(composed, hidden), (
+        "where epsilon is kept, hidden itself: a sum whose terms cancel is only close to it")
     (composed * normal(B, T, D, seed=9)).sum().backward()
     assert (hidden.grad != 0).all()
     for name, x in (("known", known), ("unknown", unknown), ("labelled", labelled)):

@@ -36,7 +36,9 @@ def test_every_file_is_in_the_reading_order_with_its_length():
     expected = {str(file.relative_to(ROOT)): len(file.read_text("utf-8").splitlines())
                 for file in [*ROOT.glob("steerling_min/*.py"), ROOT / "train_tiny.py",
                              ROOT / "sample.py"] if file.name != "__init__.py"}
-    assert listed == expected, "a row of the table gives its files' lengths, in order"
+    assert listed.keys() == expected.keys(), "a row of the table names its files"
+    for file, n in expected.items():  # roughly: whoever solves an exercise has other lines
+        assert abs(listed[file] - n) <= 10, f"the table says {listed[file]}; {file} has {n} lines"
 
 
 def test_every_path_it_names_exists():

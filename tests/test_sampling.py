@@ -58,11 +58,13 @@ def test_entropy_is_measured_against_the_nucleus_size():
     p = torch.tensor([0.9, 0.05, 0.03, 0.02])  # cumulative .9 .95 .98 1: two <= 0.96, so k = 3
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(3)
-    assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5)
+    assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5), (
+        "two cumulative probabilities are at most 0.96, so k = 3")
     p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(2)
-    assert entropy_temperature(p.log(), 0.8).item() == pytest.approx(expected, abs=1e-5)
+    assert entropy_temperature(p.log(), 0.8).item() == pytest.approx(expected, abs=1e-5), (
+        "no cumulative probability is at most 0.8, and k is at least 2")
 
 
 def test_banned_tokens_do_not_disturb_the_entropy():

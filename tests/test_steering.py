@@ -1,5 +1,6 @@
 """Steering: its directions and strengths, its presets, where it acts, and what it refuses."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -28,6 +29,13 @@ def test_amplify_raises_the_tokens_that_the_concept_promotes(model):
         torch.tensor([[True]]), torch.tensor([0]))
     logits = model.transformer.tok_emb.weight @ vectors[1][0, 0]
     assert logits.max().item() == pytest.approx(5.0, abs=1e-4), "strength is in logits"
+
+
+def test_every_direction_has_an_alpha_of_its_own():
+    tok_emb = torch.tensor([[1.0, 0.0], [0.0, 4.0], [-9.0, 0.0]])
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    close(alpha_of(8.0, directions, tok_emb), torch.tensor([8.0, 2.0]),
+          "strength over the largest product of that direction with a token, not the largest size")
 
 
 def test_the_presets_are_the_official_ones():
@@ -77,6 +85,13 @@ def test_both_is_the_sum(model):
     parts = [Steerer(s, model).vectors(*at)[2]
              for s in (Steering.amplify(3, layer=2), Steering.amplify(5, 4.0, layer=2))]
     close(Steerer(both, model).vectors(*at)[2], sum(parts), "injections at one layer add up")
+
+
+def test_what_is_injected_has_the_models_dtype(model):
+    half = copy.deepcopy(model).bfloat16()
+    steering = Steering.amplify(3) + Steering.unlearn(5)
+    assert generate(half, PROMPT, 4, seed=0, steering=steering).shape == (1, 12), (
+        "directions are computed in float32, and cast when they are added")
 
 
 def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):
