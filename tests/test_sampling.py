@@ -198,8 +198,8 @@ def test_steps_are_shared_in_proportion_with_largest_remainders_first():
 
 def test_what_the_minimum_of_one_gave_out_is_taken_back_from_those_above_their_share():
     assert spread_steps([1, 1, 1, 17], 5) == [1, 1, 1, 2], "shares .25, .25, .25, 4.25"
-    assert spread_steps([1, 1, 1, 8, 9], 6) == [1, 1, 1, 1, 2], (
-        "shares .3, .3, .3, 2.4, 2.7: after 1, 1, 1, 2, 2 the fourth has least below its share")
+    assert spread_steps([1, 1, 1, 9, 8], 6) == [1, 1, 1, 2, 1], (
+        "shares .3, .3, .3, 2.7, 2.4: 1, 1, 1, 2, 2 is one too many, and 2 is nearer to 2.4")
 
 
 def test_without_steps_every_token_has_its_own():
