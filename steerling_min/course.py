@@ -70,7 +70,8 @@ EXERCISES = {e.name: e for e in [
              "tests/test_diffusion.py -k 'masked_with or masking or its_own_level'"),
     Exercise("token-loss", "diffusion.py token_loss", 2, 20,
              "distributed.py; MDLM, arXiv 2406.07524",
-             "tests/test_diffusion.py -k 'loss or surprise or over_t or costs or weighting'"),
+             "tests/test_diffusion.py "
+             "-k 'loss or is_the_mean or over_t or costs or weighting or gradient'"),
     Exercise("bound", "diffusion.py likelihood_bound", 3, 45, "diff_block_size in config.py",
              "tests/test_diffusion.py -k 'bound or score or likel'"),
     Exercise("noisy-or", "losses.py log_absent", 2, 20, "presence_loss", "tests/test_losses.py"),

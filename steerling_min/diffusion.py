@@ -50,10 +50,10 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     """Cross-entropy of the original tokens at the masked positions, in nats.
 
     weighting "none": the mean over masked tokens. "1/t": each is weighed by 1/t of its block and
-    the sum divided by all B T tokens. For uniform t its expectation is an upper bound on the
-    negative log-likelihood per token of a block, given what stands before it, noise included
-    (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Sums and counts are those of all processes
-    (`distributed.py`).
+    the sum divided by the number of all tokens, B T, masked or not. For uniform t its expectation
+    is an upper bound on the negative log-likelihood per token of a block, given the noisy blocks
+    before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Sums and counts are those of all
+    processes (`distributed.py`).
     Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t
     (B, T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError,
     naming it and what is supported, for another weighting.

@@ -47,9 +47,10 @@ def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
 def nucleus(p: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Top-p filtering (arXiv 1904.09751): drop the tail of the distribution.
 
-    Sorted tokens (`sort_probabilities`) are kept while the probability *before* them is at most
-    top_p, so the first always is. What is kept is not rescaled: torch.multinomial does that.
-    Args: p (V,). Returns sorted probabilities (V,), zero where dropped, and their token ids.
+    Sorted tokens (`sort_probabilities`) are kept while the probability *before* them, cumsum - p,
+    is at most top_p, so the first always is. (On equality the paper keeps one token less.) What is
+    kept is not rescaled: torch.multinomial does that. Args: p (V,), left as it is. Returns sorted
+    probabilities (V,), zero where dropped, and their token ids.
     """
     p, ids = sort_probabilities(p)
     before = p.cumsum(-1) - p

@@ -38,6 +38,8 @@ def test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p():
         p, ids = nucleus(P, top_p)
         assert ids[p > 0].tolist() == kept, f"top_p {top_p}: mass before is 0, .4, .65, .85, .95"
         assert torch.equal(p[p > 0], P[ids[p > 0]]), "kept probabilities are not changed"
+    p, _ = nucleus(torch.tensor([0.5, 0.25, 0.25]), 0.5)
+    assert (p > 0).tolist() == [True, True, False], "0.5 before it is at most 0.5"
 
 
 def test_probabilities_are_sorted_by_their_bits():
