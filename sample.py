@@ -59,14 +59,15 @@ def parse_args() -> argparse.Namespace:
                    "strong (8 is usual); below 0: keep it out (-7). A group, by its name or as "
                    "A+B, is steered along the sum of its directions")
     p.add_argument("--suppression", type=float, default=20.0, metavar="X", help="how much --steer "
-                   "below 0 also lowers the tokens that the concept promotes (default: 20, made "
-                   "for the 8B; the tiny model writes sentences with 0)")
+                   "below 0 also lowers the tokens that the concept, of a group the first one, "
+                   "promotes (default: 20, made for the 8B; with the tiny model use 0)")
     p.add_argument("--watch", action="store_true", help="see the text being unmasked")
     p.add_argument("--explain", action="store_true", help="what each token is due to")
     p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
-    p.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the text in: "
-                   "each token's concepts, inputs and step")
-    p.add_argument("--svg", type=Path, metavar="FILE", help="write an animation of the unmasking")
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the (first) "
+                   "text in: each token's concepts, inputs and step (tracing inputs takes a while)")
+    p.add_argument("--svg", type=Path, metavar="FILE", help="write an animation of the (first) "
+                   "text's unmasking")
     p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
     p.add_argument("--score", action="append", metavar="TEXT", help="write nothing; the "
                    "log-likelihood of TEXT after the prompt, in nats; several times to compare")
@@ -91,7 +92,15 @@ def parse_args() -> argparse.Namespace:
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 p.error(f"--{flag} and --{other} exclude each other: give one of them")
+    if args.suppression < 0:
+        p.error(f"--suppression {args.suppression:g}: must be 0 or more")
+    if args.score and "" in args.score:
+        p.error("--score: the text to score is empty")
+    if args.html and args.html == args.svg:
+        p.error(f"--html and --svg would both write {args.svg}: give two files")
     for file in (args.html, args.svg):
+        if file and file.is_dir():
+            p.error(f"{file} is a folder: give the name of a file to write")
         if file and not file.parent.is_dir():
             p.error(f"there is no folder {file.parent} to write {file.name} into")
     if args.prompt is None and args.find is None:
@@ -199,8 +208,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
             steps.append(step)
             n_steps += 1
     except KeyboardInterrupt:
-        for row in steps[-1].tokens.tolist() if steps else []:
-            print("\n" + text_of(tokenizer, row, []))
+        for row in steps[-1].tokens.tolist() if steps else []:  # --json promises JSON or nothing
+            print("\n" + text_of(tokenizer, row, []), file=sys.stderr if args.json else sys.stdout)
         raise
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -230,6 +239,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
               f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
               f"{peak_memory(device)}")
+    if args.html:
+        print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # last: a disk may be full
         if file:
             with replacing(file) as partial:

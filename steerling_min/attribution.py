@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .diffusion import Step
 from .iguide import set_weights
@@ -105,13 +106,15 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
     from the mask's embedding to each token's is walked in `steps` equal steps, and the gradients at
     their ends (a right Riemann sum) are averaged, multiplied by (embedding - mask's embedding) and
     summed over D. The logit is the plain one, hidden . tok_emb[target]. The attributions add up to
-    logit(tokens) - logit(all masks), nearly; positions that are masks get exactly 0.
+    logit(tokens) - logit(all masks), nearly; positions that are masks get exactly 0, and so do
+    later blocks, which the position cannot see and which are therefore left out of the passes.
 
     Args: tokens (T,), partly masked, as they stood when the target was committed.
     """
-    backbone, mask = model.transformer, model.config.mask_token_id
+    backbone, mask, S = model.transformer, model.config.mask_token_id, model.config.diff_block_size
+    seen = tokens[: (position // S + 1) * S]  # up to the end of the position's block: (T',)
     with torch.no_grad():
-        x = backbone.tok_emb(tokens)  # (T, D)
+        x = backbone.tok_emb(seen)  # (T', D)
         baseline = backbone.tok_emb.weight[mask].expand_as(x)
         parts = torch.arange(1, steps + 1, device=x.device, dtype=x.dtype) / steps
         path = baseline + parts[:, None, None] * (x - baseline)  # (steps, T, D)
@@ -122,7 +125,7 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
             hidden = backbone.from_embeddings(points)[:, position]  # (8, D), composed: no edits
             logits = hidden @ backbone.tok_emb.weight[target]
         gradient += torch.autograd.grad(logits.sum(), points)[0].sum(0)
-    return ((x - baseline) * gradient / steps).sum(-1)
+    return F.pad(((x - baseline) * gradient / steps).sum(-1), (0, len(tokens) - len(seen)))
 
 
 # ---- what a concept does -------------------------------------------------------------------------

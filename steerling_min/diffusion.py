@@ -186,8 +186,11 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
     steering edits them (`Steerer.compose`).
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
     time with the prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
-    Every masked position is injected, the second run's prompt included: as that injection ends at
-    its cutoff, no key is final, and the cache is emptied at every step. Suppression comes last.
+    Every masked position is injected, the second run's prompt included: that injection may end at a
+    cutoff, and the prompt's keys change with it, so under steering with guidance the cache is
+    emptied at every step. Suppression comes last.
+
+    Raises ValueError when a steering makes logits infinite or not a number.
     """
     mask_id = model.config.mask_token_id
     committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)
@@ -208,7 +211,11 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
         hidden, _ = hidden.chunk(2)
         c, u = logits.chunk(2)
         logits = u + (cfg_scale + 1) * (c - u)
-    return steerer.suppress(logits), hidden
+    logits = steerer.suppress(logits)
+    if steerer.steering != Steering() and not logits.isfinite().all():
+        raise ValueError("the steering is too strong: logits are not finite numbers any more in "
+                         f"{model.dtype}; a smaller strength is needed")
+    return logits, hidden
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class KnownHead(nn.Module):
 
 
 class UnknownHead(nn.Module):
-    """Concepts without names, three times as many, so both tables are products of rank r."""
+    """Concepts without names, in the 8B three times as many: both tables are products of rank r."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -55,6 +55,7 @@ class Labels:
         Raises ValueError for a number out of range, a name that two concepts share, or a name that
         none has: with the closest ones.
         """
+        query = query.strip()
         wanted = query.casefold()
         if re.fullmatch(r"-?\d+", query):
             concept = int(query)
@@ -72,6 +73,8 @@ class Labels:
         if "+" in query:
             parts = [self.resolve(part) for part in query.split("+")]
             return tuple(dict.fromkeys(concept for part in parts for concept in part))
+        if not query:
+            raise ValueError("a concept's name is missing")
         names = {x.name.casefold(): x.name for x in self.by_id.values()}
         close = [x.name for x in self.find(query)]
         close += [names[n] for n in difflib.get_close_matches(wanted, names, 5)]
@@ -88,8 +91,8 @@ def load_labels(file: Path, n_concepts: int) -> Labels:
     rows = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
     labels, seen = [], set()
     for number, row in enumerate(rows, start=2):  # line 1 has the columns' names
-        if (row.get("head") or "known") != "known":
-            continue
+        if (row.get("head") or "known").casefold() != "known" or not row["concept_name"]:
+            continue  # without a name a concept goes by its number
         try:
             concept = int(row["concept_id"])
         except (TypeError, ValueError):
@@ -101,7 +104,7 @@ def load_labels(file: Path, n_concepts: int) -> Labels:
         if concept in seen:
             raise ValueError(f"{file}, row {number}: concept {concept} has a label already")
         seen.add(concept)
-        labels.append(Label(concept, str(row["concept_name"] or ""),
+        labels.append(Label(concept, str(row["concept_name"]),
                             str(row.get("concept_description") or ""),
                             str(row.get("group_name") or "")))
     return Labels(labels, n_concepts)
@@ -125,7 +128,7 @@ def require_columns(file: Path, columns: Sequence[str]) -> None:
 def read_csv(file: Path) -> list[dict]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines)
+            rows = csv.DictReader(lines, strict=True)
             require_columns(file, rows.fieldnames or [])
             return list(rows)
     except (UnicodeDecodeError, csv.Error) as error:

@@ -47,7 +47,7 @@ def page(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Sequence
     for token in explained["tokens"]:
         token["inputs"] = inputs[token["position"]]
     data = {"prompt": tokenizer.decode(prompt), "start": len(prompt), "steps": len(steps),
-            **rounded(explained)}
+            "steered": steering is not None, **rounded(explained)}
     # "<" could end the script element; as an escape it is the same JSON
     return TEMPLATE.replace("@TITLE@", html.escape(data["prompt"][:60] or "steerling_min")).replace(
         "@DATA@", json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
@@ -158,7 +158,8 @@ function show(token, span) {
     + `${percent(share.epsilon)} epsilon`;
   about.append(head);
   rows("Known concepts, in logits", token.concepts, (item) => item.name);
-  rows("Input tokens, in logits", token.inputs, (item) => JSON.stringify(item.text));
+  const without = data.steered ? " as they would be without steering" : "";
+  rows("Input tokens, in logits" + without, token.inputs, (item) => JSON.stringify(item.text));
 }
 let timer = null;
 function stop() { clearInterval(timer); timer = null; play.textContent = "Play"; }

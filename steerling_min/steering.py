@@ -43,8 +43,9 @@ class Steering:
                 cutoff_tokens: int | None = 32) -> "Steering":
         """The official preset that brings concepts out.
 
-        strength is in logits of the token that the direction promotes most; layer None is
-        min(8, max(1, n_layers // 4)).
+        strength is in logits of the token that the direction promotes most, as if it were added to
+        the final state once. (It is added after every layer from `layer` on, and normalised at the
+        end, so the logit moves by about that much.) layer None is min(8, max(1, n_layers // 4)).
         """
         ids = (ids,) if isinstance(ids, int) else tuple(ids)
         return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))
@@ -164,6 +165,13 @@ def check(steering: Steering, config: Config) -> None:
     for concept, kind, n in used:
         if not 0 <= concept < n:
             raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")
+    if steering.epsilon not in ("drop", "keep"):
+        raise ValueError(f"epsilon = {steering.epsilon!r} is not supported; supported: 'drop', "
+                         "'keep'")
+    for kind, edits in (("known", steering.known), ("unknown", steering.unknown)):
+        for concept in {c for c, _ in edits}:
+            if [c for c, _ in edits].count(concept) > 1:
+                raise ValueError(f"{kind} concept {concept} is given two weights")
     values = [v for _, v in steering.suppressions + steering.known + steering.unknown]
     for value in values + [injection.strength for injection in steering.injections]:
         if not math.isfinite(value):

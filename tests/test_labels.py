@@ -33,7 +33,8 @@ def test_a_concept_is_found_by_number_or_by_name():
     ("happy", "concepts 3, 4 are all called 'happy': give a number"),
     ("strom", "no concept is called 'strom'; close: storm"),
     ("floor", "no concept is called 'floor'; close: Deep Sea"),
-    ("xyzzy", "no concept is called 'xyzzy'; numbers do as well"), ("", "no concept is called ''")])
+    ("xyzzy", "no concept is called 'xyzzy'; numbers do as well"),
+    ("", "name is missing"), ("7+", "name is missing")])
 def test_what_is_no_concept_is_said_with_what_may_be_meant(query, message):
     with pytest.raises(ValueError, match=message):
         LABELS.resolve(query)
@@ -83,6 +84,7 @@ HEAD = "concept_id,concept_name\n"
     (HEAD + "1,a\n,b\n", "row 3: concept_id = '' is not a number"),
     (HEAD + "5,a\n", "row 2: concept 5 does not exist; this model has 5, 0 to 4"),
     (HEAD + "1,a\n1,b\n", "row 3: concept 1 has a label already"),
+    (HEAD + '1,"a\n2,b\n', "not CSV"),
     (b"concept_id,concept_name\n1,\xff\n", "not CSV in UTF-8")])
 def test_a_label_file_that_is_not_right_is_named(tmp_path, content, message):
     file = tmp_path / "labels.csv"
@@ -93,8 +95,14 @@ def test_a_label_file_that_is_not_right_is_named(tmp_path, content, message):
 
 def test_only_the_known_heads_concepts_are_named(tmp_path):
     file = tmp_path / "labels.csv"
-    file.write_text("concept_id,concept_name,head\n1,a,known\n1,b,unknown\n2,c,\n")
+    file.write_text("concept_id,concept_name,head\n1,a,Known\n1,b,unknown\n2,c,\n")
     assert [x.name for x in load_labels(file, 5).by_id.values()] == ["a", "c"]
+
+
+def test_a_concept_without_a_name_goes_by_its_number(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text(HEAD + "0,sea\n1,\n2\n")
+    assert [load_labels(file, 3).name(i) for i in range(3)] == ["sea", "concept 1", "concept 2"]
 
 
 def test_parquet_is_read_with_pyarrow(tmp_path):

@@ -285,7 +285,11 @@ def refusal(result) -> str:
     (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
-    (["--score", ""], "the continuation is empty"),
+    (["--score", ""], "the text to score is empty"),
+    (["--suppression", "-20"], "--suppression -20: must be 0 or more"),
+    (["--html", "a.svg", "--svg", "a.svg"], "would both write a.svg"),
+    (["--html", "."], ". is a folder: give the name of a file"),
+    (["--steer", "3=1e38"], "the steering is too strong"),
     (["--chat"], "a chat needs an instruct model"),
     (["--labels", "no/labels.csv"], "No such file or directory: 'no/labels.csv'"),
 ], ids=lambda x: " ".join(map(str, x))[:30] if isinstance(x, list) else "")
@@ -357,3 +361,14 @@ def test_an_interrupt_ends_quietly(run, monkeypatch):
     monkeypatch.setattr(sample, "write", raising(KeyboardInterrupt))
     result = run()
     assert (result.code, result.err) == (130, "")
+
+
+def test_an_interrupt_prints_the_text_so_far_but_json_stays_json(run, monkeypatch):
+    def interrupted(*args, **options):
+        yield next(unmask(*args, **options))
+        raise KeyboardInterrupt
+    unmask = sample.unmask
+    monkeypatch.setattr(sample, "unmask", interrupted)
+    plain, json = run(), run("--json")
+    assert (plain.code, json.code) == (130, 130)
+    assert "abcd ab" in plain.out and json.out == "" and "abcd ab" in json.err

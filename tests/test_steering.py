@@ -124,6 +124,11 @@ def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
         assert kept < plain < out, f"concept {concept}: {kept:.3f} < {plain:.3f} < {out:.3f}"
 
 
+def test_a_strength_beyond_the_numbers_of_the_dtype_is_refused(model):
+    with pytest.raises(ValueError, match="steering is too strong.*float32.*smaller strength"):
+        generate(model, PROMPT, 4, seed=0, steering=Steering.amplify(3, 1e38))
+
+
 def test_steerings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="same concept"):
         Steering(known=((3, 1.0),)) + Steering(known=((3, 2.0),))
@@ -144,7 +149,10 @@ def test_steerings_that_contradict_each_other_are_refused():
     (Steering.amplify(3, layer=0), "layer = 0 is not a layer; layers are 1 to 2"),
     (Steering.amplify(3, layer=3), "layer = 3 is not a layer"),
     (Steering.amplify(3, float("nan")), "nan is not a finite number"),
-    (Steering(known=((3, float("inf")),)), "inf is not a finite number")])
+    (Steering(known=((3, float("inf")),)), "inf is not a finite number"),
+    (Steering(known=((3, 1.0), (3, 9.0))), "known concept 3 is given two weights"),
+    (Steering(unknown=((3, 1.0), (3, 9.0))), "unknown concept 3 is given two weights"),
+    (Steering(epsilon="kep"), "epsilon = 'kep' is not supported")])
 def test_what_the_model_does_not_have_is_refused(model, steering, message):
     with pytest.raises(ValueError, match=message):
         generate(model, PROMPT, 4, steering=steering)
