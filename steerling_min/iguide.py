@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Config
+from .config import Config, require
 
 MAX_LOGIT = 15.0  # concept logits are clamped to +- this
 LOGITS = 2**24    # concept logits held at a time, 64 MB: of 165 tokens of the 8B's unknown head
@@ -178,8 +178,7 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     Raises ValueError, naming the value and what is supported, for a concept id out of range,
     another word for epsilon, or positions that are not bool or have another shape.
     """
-    if epsilon not in ("drop", "keep"):
-        raise ValueError(f"epsilon = {epsilon!r} is not supported; supported: 'drop', 'keep'")
+    require(epsilon in ("drop", "keep"), "epsilon", epsilon, "'drop', 'keep'")
     if positions is None:
         positions = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     if positions.shape != hidden.shape[:2] or positions.dtype != torch.bool:

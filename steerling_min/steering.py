@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import Config
+from .config import Config, require
 from .iguide import Decomposition, decompose
 from .model import Steerling
 
@@ -165,12 +165,11 @@ def check(steering: Steering, config: Config) -> None:
     for concept, kind, n in used:
         if not 0 <= concept < n:
             raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")
-    if steering.epsilon not in ("drop", "keep"):
-        raise ValueError(f"epsilon = {steering.epsilon!r} is not supported; supported: 'drop', "
-                         "'keep'")
+    require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for kind, edits in (("known", steering.known), ("unknown", steering.unknown)):
-        for concept in {c for c, _ in edits}:
-            if [c for c, _ in edits].count(concept) > 1:
+        ids = [concept for concept, _ in edits]
+        for concept in ids:
+            if ids.count(concept) > 1:
                 raise ValueError(f"{kind} concept {concept} is given two weights")
     values = [v for _, v in steering.suppressions + steering.known + steering.unknown]
     for value in values + [injection.strength for injection in steering.injections]:

@@ -329,7 +329,8 @@ def measure_training(device: str) -> None:
         train_tiny.draw_step, between.began = between, time.perf_counter()
         train(80)
     ms, alone = statistics.median(times[1:]), statistics.median(products[1:])
-    print(f"training the tiny model: {ms:.0f} ms/step, {1000 * 8 * 256 / ms:,.0f} tokens/s; its "
+    speed = 1000 * 8 * Config.tiny().block_size / ms
+    print(f"training the tiny model: {ms:.0f} ms/step, {speed:,.0f} tokens/s; its "
           f"matrix products alone {alone:.0f} ms, {alone / ms:.2f} of it")
 
 
