@@ -57,8 +57,9 @@ class Int8Embedding(Int8):
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put an Int8 module in the place of every matrix, one after the other."""
-    for module in list(model.modules()):
+    """Put an Int8 module in the place of every matrix, one after the other: once a matrix is
+    quantized nothing refers to the original any more."""
+    for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight))
