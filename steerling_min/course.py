@@ -86,7 +86,7 @@ EXERCISES = {e.name: e for e in [
     # diffusion: writing
     Exercise("penalty", "sampling.py penalize_repetition", 1, 10, "CTRL, arXiv 1909.05858",
              "tests/test_sampling.py"),
-    Exercise("temperature", "sampling.py entropy_temperature", 1, 15, "sort_probabilities",
+    Exercise("temperature", "sampling.py entropy_temperature", 1, 15, "sample",
              "tests/test_sampling.py"),
     Exercise("nucleus", "sampling.py nucleus", 1, 15, "arXiv 1904.09751", "tests/test_sampling.py"),
     Exercise("confidence", "sampling.py most_confident", 2, 25, "README, point 4",

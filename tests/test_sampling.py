@@ -7,10 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min.sampling import (choose, commits_per_step, entropy_temperature, most_confident,
-                                    nucleus, penalize_repetition, sample, sort_probabilities,
+                                    nucleus, penalize_repetition, sample, sort_logits,
                                     spread_steps, windows)
 
 P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])  # sorted: ids 1, 3, 4, 2, 0
+SORTED = P[[1, 3, 4, 2, 0]]
 
 
 def rng(seed=0):
@@ -33,25 +34,26 @@ def test_a_token_is_penalised_once_however_often_it_stands_there():
 
 
 def test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p():
-    for top_p, kept in ((0.0, [1]), (0.39, [1]), (0.5, [1, 3]), (0.7, [1, 3, 4]),
-                        (1.0, [1, 3, 4, 2, 0])):
-        p, ids = nucleus(P, top_p)
-        assert ids[p > 0].tolist() == kept, f"top_p {top_p}: mass before is 0, .4, .65, .85, .95"
-        assert torch.equal(p[p > 0], P[ids[p > 0]]), "kept probabilities are not changed"
-    p, _ = nucleus(torch.tensor([0.5, 0.25, 0.25]), 0.5)
+    for top_p, kept in ((0.0, 1), (0.39, 1), (0.5, 2), (0.7, 3), (1.0, 5)):
+        p = nucleus(SORTED, top_p)
+        assert (p > 0).sum() == kept, f"top_p {top_p}: mass before is 0, .4, .65, .85, .95"
+        assert torch.equal(p[:kept], SORTED[:kept]), "kept probabilities are not changed"
+    assert torch.equal(SORTED, P[[1, 3, 4, 2, 0]]), "p is left as it is"
+    p = nucleus(torch.tensor([0.5, 0.25, 0.25]), 0.5)
     assert (p > 0).tolist() == [True, True, False], "0.5 before it is at most 0.5"
 
 
-def test_probabilities_are_sorted_by_their_bits():
-    p = torch.cat([P, torch.tensor([0.0, 1e-42, 1.0, 0.25])])  # zero, a subnormal number, a tie
-    sorted_p, ids = sort_probabilities(p)
-    assert torch.equal(sorted_p, p.sort(descending=True).values) and torch.equal(p[ids], sorted_p)
-    assert ids.tolist() == [7, 1, 3, 8, 4, 2, 0, 6, 5], "of equals the first"
+def test_logits_are_sorted_from_the_largest_down_and_of_equals_the_first_id_comes_first():
+    logits = torch.tensor([0.5, -3.0, -torch.inf, 2.0, 0.5, 1e-42, 0.0])
+    down, ids = sort_logits(logits)
+    assert ids.tolist() == [3, 0, 4, 5, 6, 1, 2]
+    torch.testing.assert_close(down, logits[ids] - 2.0)
+    torch.testing.assert_close(down.softmax(-1), logits.softmax(-1)[ids])
 
 
 def test_entropy_temperature_is_low_when_sure_and_high_when_not():
     sure = torch.zeros(50)
-    sure[7] = 30.0
+    sure[0] = 30.0
     assert entropy_temperature(sure, 0.8).item() == pytest.approx(0.3, abs=1e-4)
     assert entropy_temperature(torch.zeros(50), 0.8).item() == pytest.approx(0.7, abs=1e-4)
 
