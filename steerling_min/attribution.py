@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .diffusion import Step
 from .iguide import set_weights
 from .model import Steerling
 from .steering import Steering, decompose_under
+from .unmasking import Step
 
 # ---- concepts -> token ---------------------------------------------------------------------------
 

@@ -93,11 +93,11 @@ EXERCISES = {e.name: e for e in [
              "tests/test_sampling.py"),
     Exercise("schedule", "sampling.py spread_steps", 3, 30, "commits_per_step, windows",
              "tests/test_sampling.py"),
-    Exercise("cache", "diffusion.py cached_hidden", 3, 45,
+    Exercise("cache", "unmasking.py cached_hidden", 3, 45,
              "KVCache in attention.py, from_embeddings in backbone.py",
-             "tests/test_diffusion.py -k 'cache'"),
-    Exercise("sampler", "diffusion.py unmask", 3, 90, "sampling.py, masked_logits",
-             "tests/test_diffusion.py"),
+             "tests/test_unmasking.py -k 'cache'"),
+    Exercise("sampler", "unmasking.py unmask", 3, 90, "sampling.py, masked_logits",
+             "tests/test_unmasking.py"),
     # concepts at work
     Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection", "tests/test_steering.py"),
     Exercise("injection", "steering.py Steerer.vectors", 2, 20, "Injection, Steerer.__init__",
@@ -137,7 +137,7 @@ MODIFICATIONS = {m.name: m for m in [
         "can information still travel? Does the hero keep the name?",
         "attention.py, block_causal_mask",
         ("test_attention.py::test_a_block_of_one_is_causal_and_a_block_of_all_is_bidirectional",),
-        True, "test_diffusion.py but for parity: the cache stays exact. Could it be shorter now?"),
+        True, "test_unmasking.py but for parity: the cache stays exact. Could it be shorter now?"),
     Modification(
         "one-level", "Draw one noise level for a whole sequence, as masked diffusion without "
         "blocks does. Which of the model's uses does that train for worse?",
@@ -158,7 +158,7 @@ MODIFICATIONS = {m.name: m for m in [
          "test_iguide.py::test_a_long_text_never_has_the_logits_of_all_concepts_at_once",
          "test_iguide.py::test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else",
          "test_attribution.py::test_contributions_and_epsilon_sum_to_the_logit"), True,
-        "test_diffusion.py, parity of the texts included: with epsilon the heads only explain"),
+        "test_unmasking.py, parity of the texts included: with epsilon the heads only explain"),
     Modification(
         "softmax-concepts", "Let concepts compete: weights by a softmax over the selected logits, "
         "in place of a sigmoid of each. Which loss has to change with it?",
@@ -168,7 +168,7 @@ MODIFICATIONS = {m.name: m for m in [
          "test_iguide.py::"
          "test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else",
          "test_steering.py::test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding"), True,
-        "test_diffusion.py; test_attribution.py, once it uses the new weights"),
+        "test_unmasking.py; test_attribution.py, once it uses the new weights"),
     Modification(
         "keep-epsilon", "Keep epsilon under an intervention unless told otherwise. Steer by "
         "interventions both ways: how much of an edit does epsilon take back?",
@@ -185,25 +185,25 @@ MODIFICATIONS = {m.name: m for m in [
          "test_sampling.py::test_very_sure_positions_are_still_told_apart",
          "test_sampling.py::test_a_threshold_takes_all_that_reach_it_and_one_at_least",
          "test_sampling.py::test_bans_and_penalty_come_before_confidence",
-         "test_diffusion.py::test_global_order_takes_the_surest_position_of_the_whole_text",
-         "test_diffusion.py::test_a_step_says_what_it_committed",
-         "test_diffusion.py::test_a_threshold_needs_fewer_steps_and_each_commit_reaches_it",
-         "test_diffusion.py::"
+         "test_unmasking.py::test_global_order_takes_the_surest_position_of_the_whole_text",
+         "test_unmasking.py::test_a_step_says_what_it_committed",
+         "test_unmasking.py::test_a_threshold_needs_fewer_steps_and_each_commit_reaches_it",
+         "test_unmasking.py::"
          "test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it",
-         "test_diffusion.py::test_eos_is_banned_in_windows_unless_allowed",
-         "test_diffusion.py::test_in_global_order_eos_ends_after_its_step_and_fills_nothing"), True,
+         "test_unmasking.py::test_eos_is_banned_in_windows_unless_allowed",
+         "test_unmasking.py::test_in_global_order_eos_ends_after_its_step_and_fills_nothing"), True,
         "test_the_cache_is_exact, test_a_row_of_a_batch_is_what_it_would_be_alone"),
     Modification(
         "min-p", "Keep the tokens that are at least (1 - top_p) times as probable as the best, in "
         "place of the nucleus.", "sampling.py, nucleus",
         ("test_sampling.py::"
          "test_the_nucleus_keeps_tokens_while_the_mass_before_them_is_within_top_p",), True,
-        "all others of test_sampling.py and test_diffusion.py; greedy texts keep their parity"),
+        "all others of test_sampling.py and test_unmasking.py; greedy texts keep their parity"),
     Modification(
         "remasking", "Let a step mask a committed token of the window again when the model, asked "
         "once more, gives it less than a threshold, as an option of unmask that is off by default. "
         "When can that go on forever, and what does the cache have to do with it?",
-        "diffusion.py, unmask; new tests in test_diffusion.py", (), False,
+        "unmasking.py, unmask; new tests in test_unmasking.py", (), False,
         "all of them: test_everything_is_written_and_nothing_is_rewritten says what is given up"),
 ]}
 

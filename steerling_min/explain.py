@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from .attribution import attribute_text
-from .diffusion import Step
 from .labels import Labels
 from .model import Steerling
 from .steering import Steering
 from .tokenizer import Tokenizer
+from .unmasking import Step
 
 PARTS = ("known", "unknown", "epsilon")
 

@@ -90,6 +90,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("injection from layer + 1", "layer + 1 >= inject_layer", "layer >= inject_layer"),
         ("injection after one layer only", "layer + 1 >= inject_layer",
          "layer + 1 == inject_layer"),
+        ("positions are made on the CPU", "torch.arange(end, device=x.device)",
+         "torch.arange(end)"),
     ],
     "block.py": [
         ("norm before the attention", "self.ln_1(self.attn(x, cos, sin, mask, cache, layer))",
@@ -165,6 +167,13 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("the bound without n/m", "losses.sum(-1) * n / m.to(device)", "losses.sum(-1)"),
         ("the bound's blocks are counted from start", "range(start // S * S, T, S)",
          "range(start, T, S)"),
+    ],
+    "unmasking.py": [
+        ("a GPU is waited for after the pass", "hidden[rows, positions - fresh.start]",
+         "hidden[masked[:, fresh]]"),
+        ("a GPU is asked whether a row has ended", "~torch.isin(ids, roles.end).any()",
+         "not torch.isin(ids, roles.end).any()"),
+        ("a GPU's texts are drawn by the CPU", "torch.Generator(device) for", "torch.Generator() for"),
         ("committed tokens are written again", "masked = (tokens == mask_id) & active",
          "masked = (torch.arange(T, device=device) >= start) & active"),
         ("windows are not kept apart", "masked[:, end:] = False", "pass"),
@@ -291,21 +300,22 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
 
 # Where a mutant of this file is looked for next; else in all tests but those in APART.
 AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for file, names in {
-    "animation": "sample", "attention": "block backbone model diffusion",
-    "attribution": "explain page", "backbone": "model diffusion steering attribution",
+    "animation": "sample", "attention": "block backbone model unmasking",
+    "attribution": "explain page", "backbone": "model device unmasking steering attribution",
     "block": "backbone model", "checkpoint": "quantize model sample",
-    "config": "model checkpoint tokenizer diffusion", "curve": "train_tiny",
-    "data": "train_tiny evaluate", "diffusion": "steering attribution objective evaluate sample",
+    "config": "model checkpoint tokenizer unmasking", "curve": "train_tiny",
+    "data": "train_tiny evaluate", "diffusion": "objective evaluate sample",
     "distributed": "losses train_tiny", "evaluate": "train_tiny",
-    "explain": "page animation sample", "iguide": "model steering attribution objective diffusion",
+    "explain": "page animation sample", "iguide": "model steering attribution objective unmasking",
     "labels": "explain animation sample", "losses": "objective train_tiny",
-    "model": "checkpoint attribution diffusion sample", "norm": "block backbone model",
+    "model": "checkpoint attribution unmasking sample", "norm": "block backbone model",
     "objective": "train_tiny", "page": "sample", "quantize": "checkpoint sample",
-    "resume": "train_tiny", "sampling": "diffusion",
-    "steering": "diffusion attribution objective sample", "tokenizer": "data checkpoint sample",
+    "resume": "train_tiny", "sampling": "unmasking",
+    "steering": "unmasking attribution objective sample", "tokenizer": "data checkpoint sample",
+    "unmasking": "device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate"}.items()}
 # Not among "all": slow ones, and those that read the package's text, not what it does.
-APART = ("train_tiny", "diffusion", "page", "sample", "distributed", "evaluate", "course", "readme")
+APART = ("train_tiny", "unmasking", "page", "sample", "distributed", "evaluate", "course", "readme")
 
 # Generated mutants, named without their line's number, that change nothing: why.
 EQUIVALENT = {

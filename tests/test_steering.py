@@ -9,8 +9,8 @@ from conftest import close
 
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
-from steerling_min.diffusion import masked_logits
 from steerling_min.steering import Injection, Steerer, Steering, alpha_of, unit
+from steerling_min.unmasking import masked_logits
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
 
