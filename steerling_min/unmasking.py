@@ -179,11 +179,11 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         for count in counts:
             masked = (tokens == mask_id) & active[:, None]  # (B, T), where a token may be put
             masked[:, end:] = False
+            # What makes Python wait for a GPU comes before the pass; the rest is only queued.
             m = masked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
-            candidates = masked.nonzero()[:, 1].split(m)  # (m,) positions, of each row
-            # Up to here a GPU was waited for; from here on a step's work is only queued.
+            candidates = masked.nonzero()[:, 1].split(m)  # (m,) each, their positions
             logits, hidden = masked_logits(model, tokens, masked, L, cfg_scale, steerer, cache)
             commits = []
             for b, (row_logits, row_hidden) in enumerate(zip(logits.split(m), hidden.split(m))):
