@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--top-p", type=float, default=0.8, metavar="P",
                    help="nucleus of every draw (default: 0.8)")
     p.add_argument("--order", choices=["window", "global"], default="window",
-                   help="fill block by block, or the surest position of all (default: window)")
+                   help="fill window by window, or the surest position of all (default: window)")
     p.add_argument("--no-align", action="store_true",
                    help="count windows from the prompt's end, not by attention blocks")
     p.add_argument("--num-samples", type=int, default=1, metavar="N",
@@ -200,13 +200,14 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                  order=args.order, align=args.order == "window" and not args.no_align,
                  seed=args.seed, steering=steering)
     explaining = args.explain or args.json or args.html or args.svg
-    steps, n_steps = [], 0  # without anything to explain, the last step is enough
+    steps, n_steps, written = [], 0, 0  # without anything to explain, the last step is enough
     try:
         for step in watch(run, tokenizer, prompt, new) if args.watch else run:
             if not explaining:
                 steps.clear()
             steps.append(step)
             n_steps += 1
+            written += sum(map(len, step.ids))
     except KeyboardInterrupt:
         for row in steps[-1].tokens.tolist() if steps else []:  # --json promises JSON or nothing
             print("\n" + text_of(tokenizer, row, []), file=sys.stderr if args.json else sys.stdout)
@@ -222,7 +223,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                      for row in range(args.num_samples)]
     texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
     if args.json:
-        samples = [{"text": text, **about} for text, about in zip(texts, explained)]
+        samples = [{"text": text, "unwritten": unwritten, **about} for text, unwritten, about
+                   in zip(texts, last.unwritten.tolist(), explained)]
         print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
                           "samples": samples}, ensure_ascii=False))
     else:
@@ -233,7 +235,6 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                 print(f"ended early: {unwritten} of {new} positions were left unwritten")
             if args.explain:
                 print_explanation(explained[row])
-        written = new * args.num_samples - int(last.unwritten.sum())
         backbone = model.transformer
         read = n_steps * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
         print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "

@@ -50,7 +50,7 @@ from steerling_min.tokenizer import RANK_FILE
 STEPS = 12_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of the first weights of tokens' and known concepts' embeddings
-DROPOUT = 0.4        # residual dropout: the share of windows that lose epsilon
+DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds

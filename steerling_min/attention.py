@@ -74,10 +74,12 @@ class KVCache:
     length: int = 0  # positions [0, length) are final; a multiple of S
 
     @classmethod
-    def empty(cls, config: Config, batch: int, T: int, like: Tensor) -> "KVCache":
-        """Room for `batch` sequences of T tokens, in the dtype and on the device of `like`."""
+    def empty(cls, config: Config, batch: int, T: int, dtype: torch.dtype,
+              device: torch.device) -> "KVCache":
+        """Room for `batch` sequences of T tokens."""
         shape = (config.n_layers, batch, config.kv_heads, T, config.head_dim)
-        return cls(like.new_empty(shape), like.new_empty(shape))
+        k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(k, v)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v (B, G, t, d) from `length` on; return those of positions [0, length + t)."""

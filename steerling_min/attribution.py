@@ -73,18 +73,20 @@ def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
     """The attribution of every token that a run of `unmask` wrote into one sequence.
 
     Returns the positions (n,), ascending, and the Attribution of the tokens there, each from the
-    step that committed it. steering must be the one given to `unmask`.
+    step that committed it. What an end of turn overwrote is left out, and so is what it filled in.
+    steering must be the one given to `unmask`.
     """
     steps = list(steps)
-    positions = torch.cat([step.positions[row] for step in steps])
+    positions, tokens, hidden = (torch.cat([getattr(step, name)[row] for step in steps])
+                                 for name in ("positions", "ids", "hidden"))
     order = positions.argsort()
-    hidden = torch.cat([step.hidden[row] for step in steps])[order]
-    tokens = torch.cat([step.ids[row] for step in steps])[order]
-    return positions[order], attribute(model, hidden, tokens, steering)
+    order = order[steps[-1].tokens[row][positions[order]] == tokens[order]]  # what still stands
+    return positions[order], attribute(model, hidden[order], tokens[order], steering)
 
 
 def chunk_attribution(found: Attribution) -> dict[int, float]:
-    """What the known concepts did for a chunk: concept -> share of the logits' mass, signed.
+    """What the known concepts did for some tokens, such as a chunk's: concept -> share of the
+    logits' mass, signed.
 
     Each token's contributions are divided by its total absolute mass, and averaged over the tokens.
     """

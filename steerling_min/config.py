@@ -186,7 +186,7 @@ class Config:
         return cls(**{name: value for name, value in flat.items() if name in fields})
 
     def to_dict(self) -> dict:
-        """The hub's flat layout, complete enough for the official package to read."""
+        """The hub's flat layout, with every field that the hub's file has."""
         return {"model_type": "steerling", **dataclasses.asdict(self), **FIXED,
                 "concept_dim": self.n_embd, "concept_block_size": 4096}
 

@@ -96,7 +96,7 @@ EXERCISES = {e.name: e for e in [
     Exercise("cache", "unmasking.py cached_hidden", 3, 45,
              "KVCache in attention.py, from_embeddings in backbone.py",
              "tests/test_unmasking.py -k 'cache'"),
-    Exercise("sampler", "unmasking.py unmask", 3, 90, "sampling.py, masked_logits",
+    Exercise("sampler", "unmasking.py unmask", 3, 90, "sampling.py, asked_logits",
              "tests/test_unmasking.py"),
     # concepts at work
     Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection", "tests/test_steering.py"),

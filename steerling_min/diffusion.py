@@ -1,8 +1,8 @@
 """Masked diffusion: how text is corrupted, and what a model that undoes it is worth.
 
 Forward process: tokens of a text become <|mask|>. The model learns to predict the originals, at
-the masked positions (`token_loss`), and what it predicts there, weighed right, bounds how likely it
-finds the whole text (`likelihood_bound`). The reverse process, from masks to text, is
+the masked positions (`token_loss`), and what it predicts there, weighted right, bounds how likely
+it finds the whole text (`likelihood_bound`). The reverse process, from masks to text, is
 `unmasking.py`.
 """
 
@@ -42,7 +42,7 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
                weighting: str = "none") -> Tensor:
     """Cross-entropy of the original tokens at the masked positions, in nats.
 
-    weighting "none": the mean over masked tokens. "1/t": each is weighed by 1/t of its block and
+    weighting "none": the mean over masked tokens. "1/t": each is weighted by 1/t of its block and
     the sum divided by the number of all tokens, B T, masked or not. For uniform t its expectation
     is an upper bound on the negative log-likelihood per token of a block, given the noisy blocks
     before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Sums and counts are those of all
@@ -73,7 +73,7 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
     variance. The m of a block's samples are spread evenly over 1 .. n: sample i has
     m = 1 + floor(n (i + u) / samples), with one u ~ U(0, 1) for each row and block.
 
-    Logits come from the hidden state: with epsilon, that is what is composed. Args: tokens (B, T)
+    Logits come from the hidden state: with epsilon, composed = hidden. Args: tokens (B, T)
     without masks; 0 <= start < T; samples, the Monte-Carlo draws per block; generator on the CPU.
     Raises ValueError, naming it, for a start outside.
     """

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .config import Config, require
 
 MAX_LOGIT = 15.0  # concept logits are clamped to +- this
-LOGITS = 2**24    # concept logits held at a time, 64 MB: of 165 tokens of the 8B's unknown head
+LOGITS = 2**24    # concept logits held at a time, 64 MB: the 8B's unknown ones of 165 tokens
 
 
 def rows(n: int, multiple: int) -> int:

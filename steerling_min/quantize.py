@@ -4,9 +4,9 @@ Every row of a matrix gets one scale, its largest absolute value over 127:
 
     weight[i, j] ≈ int8[i, j] * scale[i],    |error| <= scale[i] / 2
 
-Activations stay as they are. A product widens the int8 rows, a slice at a time, multiplies, and
-scales the results: what is saved is memory. (Per-row symmetric quantisation as in LLM.int8(), arXiv
-2208.07339, without its split into inliers and outliers.)
+Activations stay as they are. A product widens the rows again, a slice at a time, and multiplies by
+them: what is saved is memory, and it is paid for in time. (Per-row symmetric quantisation as in
+LLM.int8(), arXiv 2208.07339, without its split into inliers and outliers.)
 """
 
 import torch
@@ -38,27 +38,28 @@ class Int8(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix, widened: for what reads the weights themselves, seldom."""
-        return self.int8.to(self.scale.dtype) * self.scale
+        """The matrix, widened anew at each use: for what reads the weights themselves."""
+        return self.int8 * self.scale
 
 
 class Int8Linear(Int8):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., columns) -> (..., rows)."""
-        parts = [F.linear(x, part.to(x.dtype)) for part in self.int8.split(ROWS)]
-        return torch.cat(parts, dim=-1) * self.scale[:, 0]
+        slices = zip(self.int8.split(ROWS), self.scale.split(ROWS))
+        return torch.cat([F.linear(x, int8 * scale) for int8, scale in slices], dim=-1)
 
 
 class Int8Embedding(Int8):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> (..., columns)."""
-        return self.int8[ids].to(self.scale.dtype) * self.scale[ids]
+        return self.int8[ids] * self.scale[ids]
 
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put an Int8 module in the place of every matrix, one after the other: once a matrix is
-    quantized nothing refers to the original any more."""
+    """Put an Int8 module in the place of every matrix, one after the other, so that the originals
+    are given up on the way. (A matrix that two modules share is then there twice: see
+    `checkpoint.tie`.)"""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

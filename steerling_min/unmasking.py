@@ -1,6 +1,6 @@
 """Unmasking, the reverse of the diffusion: from masks only to text, surest first, step by step.
 
-Each step asks the model about the masks of one window (`masked_logits`), by the plain way that
+Each step asks the model about the masks of one window (`asked_logits`), by the plain way that
 recomputes everything or the fast way that keeps what is final, and commits the tokens it is surest
 of (`sampling.choose`).
 """
@@ -29,59 +29,66 @@ class Step:
     ids: tuple[Tensor, ...]          # (n,) each: the tokens put there
     confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, after penalty and
                                      # bans, 0 to 1; the token drawn may be another one
-    hidden: tuple[Tensor, ...]       # (n, D) each: the states that the logits were computed from
-    unwritten: Tensor                # (B,), masks left; at the end only where a sequence stopped
+    hidden: tuple[Tensor, ...]       # (n, D) each: the states there, before any edit of concepts
+    unwritten: Tensor                # (B,), masks left; after the last step 0, unless a text ended
 
 
-def plain_hidden(model: Steerling, tokens: Tensor, masked: Tensor,
+def plain_hidden(model: Steerling, tokens: Tensor, asked: Tensor,
                  injections: dict[int, Tensor]) -> Tensor:
-    """Hidden states (M, D) at the M masked positions (B, T), the plain way: everything, always."""
-    return model.transformer(tokens, injections)[masked]
+    """Hidden states (M, D) at the M positions asked for (B, T): the plain way, everything always.
+    """
+    return model.transformer(tokens, injections)[asked]
 
 
-def cached_hidden(model: Steerling, tokens: Tensor, masked: Tensor, injections: dict[int, Tensor],
+def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: dict[int, Tensor],
                   cache: KVCache) -> Tensor:
-    """The same hidden states with the least work: the fast way.
+    """The same hidden states, equal up to rounding, with far less work: the fast way.
 
-    Two things make it exact, to rounding. Attention is causal across blocks, so keys and values of
-    the blocks before the first mask are final, and come from the cache. (Injections go to masked
-    positions: final blocks have none; for guidance see masked_logits.) For the same reason the
-    blocks after the last masked position asked for cannot influence it.
+    Attention is causal across blocks, so keys and values of the blocks before the first mask are
+    final, and come from the cache. (Injections go to masked positions: final blocks have none; for
+    guidance see asked_logits.) For the same reason the blocks after the last position asked for
+    cannot influence it, and are left out.
 
     With S = 4, a prompt of 6, seven new tokens and the window [6, 10) filled in the order 8, 6, 9,
-    7 (a pass uses the length before; then it moves to the start of the first asked one's block):
+    7:
 
-        masked when asked   computed   cache.length before and after
+        asked               computed   cache.length before and after
         6 7 8 9             0 to 11    0 -> 4    a block of the prompt is final
         6 7   9             4 to 11    4 -> 4
           7   9             4 to 11    4 -> 4
           7                 4 to  7    4 -> 4    nothing is asked of block 8 to 11
         10 11 12 (next)     4 to 12    4 -> 8    only now were 4 to 7 computed without masks
 
-    Args: masked (B, T), True at the positions asked for; no earlier position may change any more.
+    A pass starts from the length before. After it the length moves to the start of the block of the
+    first position asked for: all before that was computed in this very pass, or earlier, with the
+    tokens that stay there. (In the fourth row position 7 was still a mask in the pass.)
+
+    Args: asked (B, T), True at the positions asked for, all of them masks; no position before the
+    first may change any more.
     """
     S = model.config.diff_block_size
-    rows, positions = masked.nonzero(as_tuple=True)  # (M,) each
-    asked = positions.tolist()
-    fresh = slice(cache.length, (max(asked) // S + 1) * S)
+    rows, positions = asked.nonzero(as_tuple=True)  # (M,) each
+    numbers = positions.tolist()
+    fresh = slice(cache.length, (max(numbers) // S + 1) * S)
     injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
     hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, computed, D)
-    cache.length = min(asked) // S * S  # this very pass has written the final keys before it
+    cache.length = min(numbers) // S * S
     return hidden[rows, positions - fresh.start]
 
 
-def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_scale: float,
-                  steerer: Steerer, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-    """Logits (M, V), float32, guided and steered, and hidden states (M, D), at the M masked
-    positions (B, T).
+def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_scale: float,
+                 steerer: Steerer, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    """Logits (M, V), float32, guided and steered, and hidden states (M, D), at the M positions
+    asked for (B, T).
 
-    With epsilon the composed state is the hidden state, so the concept heads run only when a
-    steering edits them (`Steerer.compose`).
+    With epsilon the composed state is the hidden state, up to rounding, so the concept heads run
+    only when a steering edits them (`Steerer.compose`).
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
-    time with the prompt, positions [0, L), masked: logits = u + (cfg_scale + 1) (c - u).
-    Every masked position is injected, the second run's prompt included: that injection may end at a
-    cutoff, and the prompt's keys change with it, so under steering with guidance the cache is
-    emptied at every step. Suppression comes last.
+    time with the prompt, positions [0, L), masked. With the logits c of the first and u of the
+    second, logits = u + (cfg_scale + 1) (c - u); the hidden states are the first run's. All masks
+    are injected, those of the second run's prompt included; when an injection ends at its cutoff,
+    that prompt's keys change. So with guidance and injections the cache is emptied at every step.
+    Suppression comes last.
 
     Raises ValueError when a steering makes logits infinite or not a number.
     """
@@ -90,15 +97,15 @@ def masked_logits(model: Steerling, tokens: Tensor, masked: Tensor, L: int, cfg_
     if cfg_scale > 0:
         blind = tokens.clone()
         blind[:, :L] = mask_id
-        tokens, masked = torch.cat([tokens, blind]), torch.cat([masked, masked])  # (2B, T)
+        tokens, asked = torch.cat([tokens, blind]), torch.cat([asked, asked])  # (2B, T)
         committed = torch.cat([committed, committed])
     injections = steerer.vectors(tokens == mask_id, committed)
     if cache is None:
-        hidden = plain_hidden(model, tokens, masked, injections)
+        hidden = plain_hidden(model, tokens, asked, injections)
     else:
         if cfg_scale > 0 and injections:
             cache.length = 0
-        hidden = cached_hidden(model, tokens, masked, injections, cache)
+        hidden = cached_hidden(model, tokens, asked, injections, cache)
     logits = model.transformer.lm_head(steerer.compose(hidden)).float()
     if cfg_scale > 0:
         hidden, _ = hidden.chunk(2)
@@ -168,23 +175,23 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     cache = None
     if use_cache:
         rows = 2 * B if cfg_scale > 0 else B
-        cache = KVCache.empty(config, rows, T, like=model.transformer.ln_f.weight)
+        cache = KVCache.empty(config, rows, T, model.dtype, device)
     active = torch.ones(B, dtype=torch.bool, device=device)  # rows still being written
-    places = torch.arange(T, device=device)
 
     spans = [(L, T)] if order == "global" else windows(L, T - L, config.diff_block_size, align)
     for (start, end), s in zip(spans, spread_steps([end - start for start, end in spans], steps)):
         # how many tokens each step commits; None lets the confidence threshold decide
         counts = commits_per_step(end - start, s) if confidence_threshold is None else repeat(None)
         for count in counts:
-            masked = (tokens == mask_id) & active[:, None]  # (B, T), where a token may be put
-            masked[:, end:] = False
-            # What makes Python wait for a GPU comes before the pass; the rest is only queued.
-            m = masked.sum(1).tolist()  # candidates in each row
+            asked = (tokens == mask_id) & active[:, None]  # (B, T), where a token may be put
+            asked[:, end:] = False
+            # Python waits for a GPU only before the pass; after it, all is queued. (The plain way,
+            # a threshold and a steering wait once more.)
+            m = asked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
-            candidates = masked.nonzero()[:, 1].split(m)  # (m,) each, their positions
-            logits, hidden = masked_logits(model, tokens, masked, L, cfg_scale, steerer, cache)
+            candidates = asked.nonzero()[:, 1].split(m)  # (m,) each, their positions
+            logits, hidden = asked_logits(model, tokens, asked, L, cfg_scale, steerer, cache)
             commits = []
             for b, (row_logits, row_hidden) in enumerate(zip(logits.split(m), hidden.split(m))):
                 chosen, ids, confidence = choose(
@@ -194,8 +201,9 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
                 tokens[b, positions] = ids
                 commits.append((positions, ids, confidence, row_hidden[chosen]))
                 if len(roles.end_turn) and len(ids):
-                    turn_end = positions.where(torch.isin(ids, roles.end_turn), T).min()  # T: none
-                    tokens[b].masked_fill_(places > turn_end, eos_id)
+                    # the leftmost end of turn, T if there is none
+                    turn_end = positions.where(torch.isin(ids, roles.end_turn), T).min()
+                    tokens[b].masked_fill_(torch.arange(T, device=device) > turn_end, eos_id)
                 active[b] &= ~torch.isin(ids, roles.end).any()
             yield Step(tokens.clone(), *zip(*commits), (tokens == mask_id).sum(1))
         active &= ~torch.isin(tokens[:, L:end], roles.stop).any(1)

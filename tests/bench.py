@@ -3,12 +3,13 @@
     python tests/bench.py                                    # the small configuration, on the CPU
     python tests/bench.py --size 8b --device cuda            # random 8B weights, made on the card
     python tests/bench.py --size 8b --device cuda --compile
+    python tests/bench.py --size 8b --device cuda --quantize int8
     python tests/bench.py --attention --size 8b --device cuda    # which kernels SDPA takes
     python tests/bench.py --int8 --size tiny                 # what int8 weights change
     python tests/bench.py --train                            # training the tiny model
 
 Text is written one token per step after a prompt of 32. The columns are explained under the table.
-Times of shared machines are noise, so what is compared is measured in turns, in one process.
+Times of shared machines are noise: compare within one run, and trust what is measured in turns.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min import Config, Steerling, load, unmask
-from steerling_min.checkpoint import save
+from steerling_min.checkpoint import save, tie
 from steerling_min.data import cut, endless_stories, pack
 from steerling_min.quantize import quantize
 
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_tiny  # noqa: E402
 
 PROMPT = 32
-PLAIN_STEPS = 16  # enough for the plain way: each of its steps computes the same
+PLAIN_STEPS = 64  # of the plain way, one window's: all of its windows cost the same
 SIZES = {
     "small": dict(n_layers=8, n_embd=256, n_head=8, n_kv_heads=4, n_concepts=2048,
                   n_unknown_concepts=4096, factorize_rank=64, block_size=PROMPT + 4096),
@@ -55,30 +56,41 @@ EXPLANATION = """
 ms/step, tokens/s: writing with the cache, the mean over all steps but the first two.
 GB/s: bytes of the backbone's weights per second, as if each step read them once.
 peak GB: the most memory the process held; on a GPU, the most that was allocated there.
-/ products: our step's time, over that of its own matrix products alone.
-/ roofline: our step's time, over max(weights / copy speed, operations / speed of a large product).
-plain / ours: without the cache, everything recomputed. official / ours: the official package, where
-it can be imported, which recomputes everything, too (in a process of its own).
+/ products: our step's time, over that of its own matrix products alone. plain / ours: the time of a
+step without the cache, which recomputes everything, over ours. Both are measured in turns with our
+steps in one process, and without --compile.
+/ roofline: ms/step over max(weights / copy speed, operations / speed of a large product), estimated
+for an average step and without attention.
+official / ours: the official package, where it can be imported, in a process of its own.
 """
 
 
 # ---- one measurement, in a process of its own ----------------------------------------------------
 
 
-def make_model(size: str, device: str, dtype: torch.dtype, std: float = 0.2) -> Steerling:
+def make_model(size: str, device: str, dtype: torch.dtype, int8: bool = False,
+               std: float = 0.2) -> Steerling:
     """Random weights, larger than an initialisation's, so that confidences are well apart."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Steerling(Config(**SIZES[size]))
-    model = model.to(dtype).to_empty(device=device).eval()
-    model.transformer.lm_head.weight = model.transformer.tok_emb.weight
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=std)
+        model = Steerling(Config(**SIZES[size])).to(dtype)
+    if int8:
+        quantize(model)  # shapes only: there is no room for more on a small card
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    tie(model)
+    for name, x in model.state_dict().items():
+        if x.dtype == torch.int8:
+            x.random_(-127, 128)  # of standard deviation 73
+        elif name.endswith(".scale"):
+            x.fill_(std / 73)
+        elif x.dim() == 1:
+            x.fill_(1.0)
+        else:
+            x.normal_(std=std)
     return model
 
 
-def make_prompt(size: str) -> list[int]:
+def make_prompt() -> list[int]:
     return torch.randint(0, 100_000, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
@@ -123,9 +135,9 @@ def peak(device: str) -> float:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
 
 
-def measure(size: str, n: int, device: str, dtype: torch.dtype, compiled: bool) -> dict:
+def measure(size: str, n: int, device: str, dtype: torch.dtype, int8: bool, compiled: bool) -> dict:
     """Writing n tokens with the cache: milliseconds per step, the last tokens, memory."""
-    model, prompt = make_model(size, device, dtype), [make_prompt(size)]
+    model, prompt = make_model(size, device, dtype, int8), [make_prompt()]
     if compiled:
         model.transformer.compile(dynamic=True)
     for i, step in enumerate(unmask(model, prompt, n, seed=0)):
@@ -135,14 +147,15 @@ def measure(size: str, n: int, device: str, dtype: torch.dtype, compiled: bool) 
     wait(device)
     return {"ms": 1000 * (time.perf_counter() - began) / (n - 2), "peak": peak(device),
             "tokens": step.tokens[0].tolist(),
-            "weights": sum(p.nbytes for p in model.transformer.parameters())}
+            "weights": sum({x.data_ptr(): x.nbytes for x in model.transformer.state_dict().values()
+                            }.values())}
 
 
-def measure_in_turns(size: str, n: int, device: str, dtype: torch.dtype) -> dict:
+def measure_in_turns(size: str, n: int, device: str, dtype: torch.dtype, int8: bool) -> dict:
     """A step with the cache, its matrix products alone and a step of the plain way: how the others
     compare with the first. Of four steps the outer are timed, the inner ones' products replayed:
     so both have as many masks on average."""
-    model, prompt = make_model(size, device, dtype), [make_prompt(size)]
+    model, prompt = make_model(size, device, dtype, int8), [make_prompt()]
     run, plain_run = (unmask(model, prompt, n, seed=0, use_cache=c) for c in (True, False))
     ours, products, plain = [], [], []
     for i in range(n):
@@ -159,8 +172,8 @@ def measure_in_turns(size: str, n: int, device: str, dtype: torch.dtype) -> dict
 
 
 def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict:
-    """The official package on the same weights; beyond 64 tokens with one step per window, as all
-    of its steps compute the same."""
+    """The official package on the same weights, one token per step. Beyond 64 tokens that would
+    take too long; it follows from two shorter runs, as a step costs a pass and a draw per token."""
     from steerling import GenerationConfig, SteerlingGenerator
     S = Config().diff_block_size
     with tempfile.TemporaryDirectory() as folder:
@@ -171,14 +184,21 @@ def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict
         (Path(folder) / "config.json").write_text(json.dumps(config))
         del model
         generator = SteerlingGenerator.from_pretrained(folder, device=device, dtype=dtype)
-    steps = n if n == S else n // S
-    options = GenerationConfig(max_new_tokens=n, steps=steps, seed=0)
-    wait(device)
-    began = time.perf_counter()
-    found = generator.generate_full(torch.tensor([make_prompt(size)]), options)
-    wait(device)
-    return {"ms": 1000 * (time.perf_counter() - began) / steps, "peak": peak(device),
-            "tokens": found.tokens.flatten().tolist() if steps == n else None}
+
+    def seconds(steps: int) -> float:
+        options = GenerationConfig(max_new_tokens=n, steps=steps, seed=0)
+        wait(device)
+        began = time.perf_counter()
+        found.append(generator.generate_full(torch.tensor([make_prompt()]), options).tokens)
+        wait(device)
+        return time.perf_counter() - began
+    found: list[torch.Tensor] = []
+    if n == S:
+        return {"ms": 1000 * seconds(n) / n, "tokens": found[0].flatten().tolist()}
+    few, more = seconds(n // S), seconds(2 * n // S)
+    one_pass = (more - few) / (n // S)
+    one_draw = (few - n // S * one_pass) / n
+    return {"ms": 1000 * (one_pass + one_draw), "tokens": None}
 
 
 def fastest(device: str, repeat: int, f, *args, **kwargs) -> float:
@@ -186,7 +206,7 @@ def fastest(device: str, repeat: int, f, *args, **kwargs) -> float:
     return min(milliseconds(device, f, *args, **kwargs) for _ in range(repeat)) / 1000
 
 
-def limits(size: str, device: str, dtype: torch.dtype) -> dict:
+def limits(device: str, dtype: torch.dtype) -> dict:
     """What the machine can do: bytes/s of a large copy, operations/s of a large product."""
     n = 2**28 if device.startswith("cuda") else 2**26
     a, b = torch.ones(n, device=device), torch.empty(n, device=device)
@@ -206,19 +226,20 @@ def apart(f, *args) -> dict:
         return pool.submit(f, *args).result()
 
 
-def bench_writing(size: str, lengths: list[int], device: str, dtype: torch.dtype,
+def bench_writing(size: str, lengths: list[int], device: str, dtype: torch.dtype, int8: bool,
                   compiled: bool) -> None:
-    official = importlib.util.find_spec("steerling") is not None
-    machine = apart(limits, size, device, dtype)
+    official = importlib.util.find_spec("steerling") is not None and not int8
+    machine = apart(limits, device, dtype)
     name = torch.cuda.get_device_name() if device.startswith("cuda") else (
         f"CPU, {torch.get_num_threads()} threads")
-    print(f"{size}, {dtype}, {name}, torch {torch.__version__}{', compiled' * compiled}: copies "
-          f"{machine['copy'] / 1e9:.0f} GB/s, multiplies {machine['matrix'] / 1e9:.0f} GFLOP/s")
+    print(f"{size}, {'int8 weights, ' * int8}{dtype}, {name}, torch {torch.__version__}"
+          f"{', compiled' * compiled}: copies {machine['copy'] / 1e9:.0f} GB/s, multiplies "
+          f"{machine['matrix'] / 1e9:.0f} GFLOP/s")
     print("| new tokens | ms/step | tokens/s | GB/s | peak GB | / products | / roofline | "
           "plain / ours |" + " official / ours |" * official + "\n|" + "---|" * (8 + official))
     for n in lengths:
-        ours = apart(measure, size, n, device, dtype, compiled)
-        ratios = apart(measure_in_turns, size, n, device, dtype)
+        ours = apart(measure, size, n, device, dtype, int8, compiled)
+        ratios = apart(measure_in_turns, size, n, device, dtype, int8)
         cells = [f"{ours['ms']:.1f}", f"{1000 / ours['ms']:.0f}",
                  f"{ours['weights'] / ours['ms'] / 1e6:.1f}", f"{ours['peak']:.2f}",
                  f"{ratios['products']:.2f}",
@@ -226,15 +247,16 @@ def bench_writing(size: str, lengths: list[int], device: str, dtype: torch.dtype
                  f"{ratios['plain']:.1f}"]
         if official:
             other = apart(measure_official, size, n, device, dtype)
-            same = other["tokens"] == ours["tokens"]
-            cells.append(f"{other['ms'] / ours['ms']:.1f}" + ", same tokens" * same)
+            same = {None: "", True: ", same tokens", False: ", OTHER TOKENS"}[
+                other["tokens"] and other["tokens"] == ours["tokens"]]
+            cells.append(f"{other['ms'] / ours['ms']:.1f}{same}")
         print(f"| {n} |", " | ".join(cells), "|", flush=True)
 
 
 def roofline(config: Config, weights: int, machine: dict) -> float:
-    """The milliseconds that no step can beat: the backbone's weights (bytes) are read once, the
-    blocks' are multiplied with the positions of a window's blocks (1.5 S on average, as windows
-    straddle two), the output's with its masks (0.5 S)."""
+    """Milliseconds that an average step can hardly beat: the backbone's weights (bytes) are read
+    once, the blocks' are multiplied with the positions of a window's blocks (some 1.5 S, as windows
+    straddle two), the output's with its masks (0.5 S). Attention is not counted."""
     S, V, D = config.diff_block_size, config.vocab_size, config.n_embd
     with torch.device("meta"):
         blocks = sum(p.numel() for p in Steerling(config).transformer.blocks.parameters())
@@ -290,7 +312,7 @@ def bench_int8(size: str, device: str, dtype: torch.dtype) -> None:
         what = "the bundled tiny model, the last third of 32 windows of 96 tokens masked"
     else:
         model = make_model(size, device, dtype, std=0.02)
-        tokens = torch.tensor([make_prompt(size)], device=device)
+        tokens = torch.tensor([make_prompt()], device=device)
         tokens = F.pad(tokens, (0, 64), value=model.config.mask_token_id)
         what = f"random {size} weights, 64 masks after a prompt of {PROMPT}"
 
@@ -344,6 +366,7 @@ def main() -> None:
     p.add_argument("--dtype", choices=["float32", "bfloat16"],
                    help="default: float32 on the CPU, else bfloat16")
     p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    p.add_argument("--quantize", choices=["int8"], help="write with a byte per weight")
     p.add_argument("--train", action="store_true", help="measure training instead")
     p.add_argument("--attention", action="store_true", help="measure ways to call SDPA instead")
     p.add_argument("--int8", action="store_true", help="measure the error of int8 weights instead")
@@ -360,7 +383,8 @@ def main() -> None:
         return
     if args.size == "tiny" or min(args.tokens) < PLAIN_STEPS:
         p.error(f"writing is measured with --size small or 8b and {PLAIN_STEPS} tokens or more")
-    bench_writing(args.size, args.tokens, args.device, dtype, args.compile)
+    bench_writing(args.size, args.tokens, args.device, dtype, args.quantize == "int8",
+                  args.compile)
     print(EXPLANATION)
 
 

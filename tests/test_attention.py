@@ -163,7 +163,7 @@ def test_later_blocks_change_nothing_and_the_own_block_does():
 def test_a_pass_over_the_rest_equals_a_pass_over_everything():
     attn = Attention(CONFIG)
     x, cos, sin, mask = inputs(T=12)
-    cache = KVCache.empty(CONFIG, 2, 12, like=x)
+    cache = KVCache.empty(CONFIG, 2, 12, x.dtype, x.device)
     whole = attn(x, cos, sin, mask, cache)
     cache.length = 8
     rest = attn(x[:, 8:], cos[8:], sin[8:], mask[8:], cache)
@@ -174,7 +174,7 @@ def test_a_pass_over_the_rest_equals_a_pass_over_everything():
 def test_what_an_earlier_pass_wrote_behind_length_is_never_read():
     attn = Attention(CONFIG)
     x, cos, sin, mask = inputs(T=12)
-    cache = KVCache.empty(CONFIG, 2, 12, like=x)
+    cache = KVCache.empty(CONFIG, 2, 12, x.dtype, x.device)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     attn(x[:, :4], cos[:4], sin[:4], mask[:4, :4], cache)

@@ -1,5 +1,6 @@
 """Attribution: contributions of concepts and epsilon add up to the logit of the token committed."""
 
+import dataclasses
 import random
 
 import pytest
@@ -75,6 +76,18 @@ def test_every_committed_token_is_explained_by_the_step_that_committed_it(model,
     at = first - 8
     close(total(found)[at], out.logits[0, first, found.tokens[at]],
           "the state at the step of the commit, not that of the finished text")
+
+
+def test_what_an_end_of_turn_overwrote_is_not_explained(model, monkeypatch):
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eot_id=50))
+    steps = list(unmask(model, PROMPT[:1], 4, seed=1))
+    places = [step.positions[0].item() for step in steps]
+    last = steps[-1].tokens.clone()
+    last[0, places[1]] = model.config.eos_token_id
+    positions, found = attribute_text(model, [*steps[:-1], dataclasses.replace(
+        steps[-1], tokens=last)])
+    assert positions.tolist() == sorted({*places} - {places[1]})
+    assert found.tokens.tolist() == last[0, positions].tolist(), "what stands in the text"
 
 
 def test_under_guidance_the_states_are_those_that_saw_the_prompt(model):

@@ -93,7 +93,7 @@ def test_with_a_cache_only_the_rest_is_computed():
     backbone = a_backbone_of_three_layers()
     tokens = torch.randint(0, 15, (2, 14))
     whole = backbone(tokens)
-    cache = KVCache.empty(backbone.config, 2, 14, like=whole)
+    cache = KVCache.empty(backbone.config, 2, 14, whole.dtype, whole.device)
     backbone(tokens[:, :8], cache=cache)
     cache.length = 8
     rest = backbone(tokens[:, 8:], cache=cache)

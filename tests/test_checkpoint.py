@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, what is damaged is named in one line."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,8 +11,9 @@ import torch
 from conftest import CONFIG, GOLDEN
 from safetensors.torch import load_file, save_file
 
-from steerling_min import Steerling, checkpoint, load
+from steerling_min import Config, Steerling, Tokenizer, checkpoint, load
 from steerling_min.checkpoint import INDEX, LM_HEAD, TOK_EMB, find_checkpoint
+from steerling_min.tokenizer import RANK_FILE
 
 LN_F = "transformer.ln_f.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -432,6 +434,21 @@ def test_a_rank_file_beside_the_weights_is_the_tokenizer(tiny_folder):
     model, tokenizer = load(tiny_folder, "cpu")
     assert tokenizer.vocab_size == model.config.vocab_size == 512
     assert not model.training and model.transformer.tok_emb.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("instruct", [False, True])
+def test_without_a_rank_file_the_tokenizer_is_the_8bs(tiny_folder, tmp_path, monkeypatch, instruct):
+    """cl100k_base, for an instruct model with its three tokens; here another stands in for it."""
+    def cl100k(instruct=False):
+        asked.append(instruct)
+        return Tokenizer.from_file(tiny_folder / RANK_FILE, instruct)
+    asked, more = [], {}
+    monkeypatch.setattr(Tokenizer, "cl100k", cl100k)
+    if instruct:
+        more = dict(vocab_size=515, start_header_id=512, end_header_id=513, eot_id=514)
+    Steerling(dataclasses.replace(Config.tiny(512), **more)).save_pretrained(tmp_path)
+    load(tmp_path, "cpu")
+    assert asked == [instruct]
 
 
 @pytest.mark.parametrize("name, value", [("mask_token_id", 507), ("eos_token_id", 0),

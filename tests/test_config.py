@@ -71,7 +71,7 @@ def test_what_is_saved_is_read_back(config, tmp_path):
 def test_what_is_saved_is_the_hubs_layout():
     saved = Config.steerling_8b().to_dict()
     for name in HUB.keys() - {"architectures", "auto_map", "torch_dtype", "transformers_version"}:
-        assert name in saved, f"the official package reads {name}"
+        assert name in saved, f"the hub's file states {name}"
         assert saved[name] == HUB[name] or name == "concept_block_size"
 
 

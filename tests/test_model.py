@@ -8,6 +8,7 @@ import torch
 from conftest import CONFIG, close
 
 from steerling_min import Steerling
+from steerling_min.norm import RMSNorm
 
 TOLERANCE = 1e-5  # float32, absolute
 
@@ -54,7 +55,7 @@ def test_parity_of_known_and_joint_interventions(model, golden):
     check(out.logits[:, at], golden["int_both.logits"], "logits of a joint edit")
 
 
-def test_parity_of_an_intervention_at_chosen_positions_and_none_elsewhere(model, golden):
+def test_departure_an_intervention_acts_at_chosen_positions_and_nowhere_else(model, golden):
     tokens, at = golden["input_ids"], golden["variant_positions"]
     masked = tokens == model.config.mask_token_id
     plain, out = run(model, tokens), run(model, tokens, known={3: 1.5}, positions=masked)
@@ -131,6 +132,27 @@ def test_parity_of_injection(model, golden):
 def test_logits_are_read_off_the_composed_state(model, golden):
     out = run(model, golden["input_ids"], known={3: 5.0})
     torch.testing.assert_close(out.logits, out.composed @ model.transformer.tok_emb.weight.T)
+
+
+def test_every_number_of_the_config_reaches_the_model():
+    config = dataclasses.replace(CONFIG, norm_eps=0.5, clip_qkv=0.25, mlp_ratio=2, pad_multiple=5,
+                                 n_kv_heads=None, topk_known_features=None, topk_known=3)
+    torch.manual_seed(0)
+    model = Steerling(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)  # large: some values are clipped
+    block, tokens = model.transformer.blocks[0], torch.arange(8)[None]
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 5 and {norm.eps for norm in norms} == {0.5}
+    assert block.mlp.c_fc.weight.shape == (2 * 64, 32), "F = mlp_ratio D"
+    assert block.attn.c_attn.weight.shape == (3 * 32, 32), "without n_kv_heads no heads are shared"
+    assert len(model.known_head.concept_embedding.weight) == 10, "8 concepts, padded to fives"
+    assert model(tokens).known_ids.shape[-1] == 3, "topk_known stands in for topk_known_features"
+    for name, value in (("clip_qkv", None), ("rope_base", 7.0), ("norm_eps", 1e-5)):
+        other = Steerling(dataclasses.replace(config, **{name: value}))
+        other.load_state_dict(model.state_dict())
+        difference = (run(other, tokens).hidden - run(model, tokens).hidden).abs().max()
+        assert difference > 1e-3, f"{name} changes nothing"
 
 
 def test_initialisation_scales_what_ends_a_branch():

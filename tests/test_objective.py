@@ -1,7 +1,7 @@
 """A training step on a small model: which loss reaches which weights, what is injected where."""
 
 import dataclasses
-import math
+from collections import defaultdict
 
 import pytest
 import torch
@@ -111,7 +111,7 @@ def test_the_state_without_epsilon_is_what_the_heads_say(model):
     torch.testing.assert_close(got, expected)
 
 
-def test_presence_and_respond_weigh_1_the_others_as_they_say(model):
+def test_presence_weighs_1_the_others_as_they_say(model):
     found, hidden = losses(model), model.transformer(NOISY)
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
     torch.testing.assert_close(found["presence"], expected)
@@ -121,10 +121,33 @@ def test_presence_and_respond_weigh_1_the_others_as_they_say(model):
     torch.testing.assert_close(found["reconstruction"], expected)
     expected = INDEPENDENCE * independence_loss(parts.known, parts.unknown)
     torch.testing.assert_close(found["independence"], expected)
-    no_token = torch.zeros(8, 20, dtype=torch.bool)
+
+
+def test_respond_and_express_ask_about_what_was_injected_where_it_was(model):
+    hidden = []
+    model.transformer.register_forward_hook(lambda module, args, out: hidden.append(out))
+    lifted = torch.rand(8, 20, generator=torch.Generator().manual_seed(3)) < 0.3
     draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, INJECT, STRENGTH)
-    express = Objective(model, [], no_token)(draws, 0.3)["express"]
-    assert express.item() == pytest.approx(-EXPRESS * math.log(1e-6), rel=1e-4)
+    found = Objective(model, [], lifted)(draws, 0.3)
+    logits = model.known_head.logits(hidden[0])
+    at = [(b, i) for b in range(2) for i in range(T) if MASKED[b, i]]
+    respond = [-logits[b, i, INJECT[b, i]].sigmoid().log() for b, i in at]
+    torch.testing.assert_close(found["respond"], torch.stack(respond).mean(), msg="of weight 1")
+    probabilities, chunks = model.transformer.lm_head(hidden[0]).softmax(-1), defaultdict(list)
+    for b, i in at:
+        if BATCH.chunks[b, i] >= 0:  # special tokens express nothing
+            mass = probabilities[b, i, lifted[INJECT[b, i]]].sum()
+            chunks[BATCH.chunks[b, i].item()].append(mass)
+    express = [-(torch.stack(masses).mean() + 1e-6).log() for masses in chunks.values()]
+    torch.testing.assert_close(found["express"], EXPRESS * torch.stack(express).mean())
+
+
+def test_without_forcing_the_predicted_concepts_stand_alone(model):
+    parts = model(NOISY)
+    logits = model.transformer.lm_head(parts.known + parts.unknown)[MASKED]
+    expected = torch.nn.functional.cross_entropy(logits, BATCH.tokens[MASKED])
+    got = losses(model, ~NOWHERE, progress=0.1, without=["forcing"])["token"]
+    torch.testing.assert_close(got, expected)
 
 
 def test_an_injected_direction_trains_its_embedding(model):

@@ -200,6 +200,7 @@ def test_the_same_as_json_for_programs(run):
         assert written.replace("<|endofchunk|>", "\n") in text["text"]
         assert sorted(token["step"] for token in text["tokens"]) == list(range(6))
         assert sum(text["shares"].values()) == pytest.approx(1, abs=1e-5)
+        assert text["unwritten"] == 0
         concept = text["tokens"][0]["concepts"][0]
         assert concept.keys() == {"id", "name", "contribution"}
 
@@ -234,15 +235,24 @@ def test_chunks_stand_on_lines_of_their_own_up_to_the_end_of_the_text(tiny_folde
     assert sample.text_of(tokenizer, [*a, eos], []) == "ab"
 
 
-def a_step(tokens, unwritten=0):
-    return Step(tokens, (), (), (), (), torch.tensor([unwritten]))
+def a_step(tokens, unwritten=0, ids=()):
+    return Step(tokens, (), (torch.tensor(ids),), (), (), torch.tensor([unwritten]))
 
 
 def test_a_text_that_ended_early_says_how_much_was_left_unwritten(run, tiny_folder, monkeypatch):
     tokens = torch.tensor([[97, 98, 99, *[Config.tiny(512).mask_token_id] * 3]])
-    monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([a_step(tokens, 3)]))
+    monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([
+        a_step(tokens, 3, [97, 98]), a_step(tokens, 3, [99])]))
     out = run("--seed", 0).out
-    assert "\nabc\n---\nended early: 3 of 8 positions were left unwritten\n5 tokens in 1" in out
+    assert "\nabc\n---\nended early: 3 of 8 positions were left unwritten\n3 tokens in 2" in out, (
+        "what an end of turn filled in was not written")
+
+
+def test_in_global_order_the_text_ends_at_the_first_mask(run, monkeypatch):
+    """An end may come before all to its left is filled: the text is the unbroken run."""
+    tokens = torch.tensor([[97, 98, Config.tiny(512).mask_token_id, 99]])
+    monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([a_step(tokens, 1)]))
+    assert "\nab\n---" in run("--seed", 0, "--order", "global").out
 
 
 # ---- what it refuses -----------------------------------------------------------------------------

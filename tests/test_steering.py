@@ -10,7 +10,7 @@ from conftest import close
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
 from steerling_min.steering import Injection, Steerer, Steering, alpha_of, unit
-from steerling_min.unmasking import masked_logits
+from steerling_min.unmasking import asked_logits
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
 
@@ -115,7 +115,7 @@ def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
 
     def mass(concept, steering):
         with torch.no_grad():
-            logits, _ = masked_logits(model, tokens, masked, len(prompt), 0.0,
+            logits, _ = asked_logits(model, tokens, masked, len(prompt), 0.0,
                                       Steerer(steering, model), None)
         return logits.softmax(-1)[:, promoted(model, concept, 10)[0]].sum().item()
     for concept in range(model.config.n_concepts):

@@ -1,16 +1,21 @@
 """The sampler: parity with the official one, and what holds for every text it writes."""
 
 import dataclasses
+import inspect
 import json
 import math
 from unittest import mock
 
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import CONFIG, GOLDEN, close
 
 from steerling_min import Config, Steerling, generate, unmask, unmasking
-from steerling_min.steering import Injection, Steering
+from steerling_min.iguide import KnownHead, UnknownHead
+from steerling_min.sampling import penalize_repetition
+from steerling_min.steering import Injection, Steerer, Steering
+
+PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 
 # ---- parity --------------------------------------------------------------------------------------
 
@@ -46,9 +51,80 @@ def test_parity_of_every_commit_with_the_official_package(model, name, use_cache
     assert steps[-1].tokens[0].tolist() == run["tokens"]
 
 
+def test_parity_of_the_defaults_with_the_official_package(model):
+    run = RECORDED["entropy_seed42_default_rep1.1_steps6_p8"]
+    tokens = generate(model, run["prompt"], 24, steps=6, seed=42)
+    assert tokens[0].tolist() == run["tokens"], "top_p, the penalty and entropy sampling"
+    default = inspect.signature(unmask).parameters["temperature"].default
+    assert default == run["config"]["temperature"], "used without entropy sampling"
+
+
+# ---- what enters the logits ----------------------------------------------------------------------
+
+def first_logits(model, tokens, steering, cfg_scale=0.0, L=8):
+    """The logits (M, V) that `unmask` would choose from, at the masks of tokens (B, T)."""
+    asked = tokens == model.config.mask_token_id
+    logits, _ = unmasking.asked_logits(model, tokens, asked, L, cfg_scale, Steerer(steering, model),
+                                       None)
+    return logits, asked
+
+
+def with_masks(model, new=6):
+    return torch.tensor([row + [model.config.mask_token_id] * new for row in PROMPT])
+
+
+@pytest.mark.parametrize("epsilon", ["drop", "keep"])
+def test_an_intervention_decides_what_is_written(model, epsilon):
+    known, unknown = {3: 2.0, 7: 0.0}, {5: 3.0}
+    tokens = with_masks(model)
+    logits, asked = first_logits(model, tokens, Steering(
+        known=tuple(known.items()), unknown=tuple(unknown.items()), epsilon=epsilon))
+    expected = model(tokens, known, unknown, epsilon).logits[asked]
+    close(logits, expected, "the logits of the composed state with the edited weights")
+
+
+def test_under_guidance_the_masked_prompt_is_injected_too(model):
+    tokens, steering = with_masks(model), Steering.amplify(3, 6.0)
+    blind = tokens.clone()
+    blind[:, :8] = model.config.mask_token_id
+    logits, asked = first_logits(model, tokens, steering, cfg_scale=1.5)
+    steerer, both = Steerer(steering, model), []
+    for run in (tokens, blind):
+        masks = run == model.config.mask_token_id
+        (layer, vectors), = steerer.vectors(masks, torch.zeros(2)).items()
+        both.append(model(run, injection=vectors, inject_layer=layer).logits[asked])
+    c, u = both
+    close(logits, u + 2.5 * (c - u), "u + (cfg_scale + 1) (c - u), each from its own injections",
+          atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {"steering": Steering(suppressions=((3, 5.0),))}, {"cfg_scale": 1.5}], ids=str)
+def test_suppression_and_guidance_come_before_the_repetition_penalty(model, options):
+    steering, cfg_scale = options.get("steering", Steering()), options.get("cfg_scale", 0.0)
+    logits, _ = first_logits(model, with_masks(model)[:1], steering, cfg_scale)
+    logits = penalize_repetition(logits, with_masks(model)[0], 1.5)
+    logits[:, [model.config.mask_token_id, model.config.pad_token_id,
+               model.config.eos_token_id]] = -torch.inf
+    step = next(unmask(model, PROMPT[:1], 6, repetition_penalty=1.5, seed=0, **options))
+    close(step.confidences[0], logits.softmax(-1).amax(-1).max()[None], "the surest position's")
+
+
+def test_the_concept_heads_rest_unless_a_weight_is_edited(model, monkeypatch):
+    """With epsilon the composed state is the hidden state: nothing reads what they say."""
+    used = []
+    for head in (KnownHead, UnknownHead):
+        monkeypatch.setattr(head, "logits", lambda self, hidden, logits=head.logits: (
+            used.append(type(self)), logits(self, hidden))[1])
+    for steering in (None, Steering.amplify(3), Steering.unlearn(3)):
+        generate(model, PROMPT, 6, seed=0, steering=steering)
+    assert not used, "concept logits were computed although no weight is edited"
+    generate(model, PROMPT, 6, seed=0, steering=Steering(unknown=((5, 1.0),)))
+    assert set(used) == {KnownHead, UnknownHead}
+
+
 # ---- what holds for every text -------------------------------------------------------------------
 
-PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 MODES = {
     "entropy": {},
     "greedy": {"entropy_sampling": False, "temperature": 0.0},
@@ -95,11 +171,11 @@ def test_the_cached_way_gives_the_plain_logits_and_computes_two_blocks(model, L,
     computed, errors = [], []
     inner, lm_head = unmasking.cached_hidden, model.transformer.lm_head
 
-    def both(model, tokens, masked, injections, cache):
-        plain = unmasking.plain_hidden(model, tokens, masked, injections)
+    def both(model, tokens, asked, injections, cache):
+        plain = unmasking.plain_hidden(model, tokens, asked, injections)
         hook = model.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True)
-        fast = inner(model, tokens, masked, injections, cache)
+        fast = inner(model, tokens, asked, injections, cache)
         hook.remove()
         errors.append((lm_head(fast) - lm_head(plain)).abs().max().item())
         return fast
@@ -181,15 +257,17 @@ def test_the_same_seed_writes_the_same_text_and_another_does_not(model):
 
 # ---- how texts end -------------------------------------------------------------------------------
 
-def scripted_run(model, wishes, new, **options):
-    """A run in which position i wants token `wishes[i][0]`, `wishes[i][1]` surely."""
-    def logits(model, tokens, masked, *_):
+def scripted_run(model, wishes, new, *more, **options):
+    """A run in which position i wants token `wishes[i][0]`, `wishes[i][1]` surely; `more`, the
+    wishes of further rows."""
+    def logits(model, tokens, asked, *_):
         logits = torch.zeros(*tokens.shape, model.config.vocab_size)
-        for position, (token, sureness) in wishes.items():
-            logits[:, position, token] = sureness
-        return logits[masked], torch.zeros(int(masked.sum()), model.config.n_embd)
-    with mock.patch.object(unmasking, "masked_logits", logits):
-        return list(unmask(model, [[1, 2]], new, use_cache=False, temperature=0.0,
+        for row, row_wishes in zip(logits, (wishes, *more)):
+            for position, (token, sureness) in row_wishes.items():
+                row[position, token] = sureness
+        return logits[asked], torch.zeros(int(asked.sum()), model.config.n_embd)
+    with mock.patch.object(unmasking, "asked_logits", logits):
+        return list(unmask(model, [[1, 2]] * (1 + len(more)), new, use_cache=False, temperature=0.0,
                            entropy_sampling=False, **options))
 
 
@@ -200,6 +278,23 @@ def test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it(model
     assert steps[-1].tokens.tolist() == [[1, 2, mask, mask, 50, eos, eos, eos]], (
         "the token at 5, committed before, is the one case of a committed token that changes")
     assert steps[-1].unwritten.tolist() == [2], "the result says how much was left unwritten"
+
+
+def test_of_several_ends_of_turn_in_a_step_the_leftmost_counts(model, monkeypatch):
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eot_id=50))
+    steps = scripted_run(model, {3: (50, 9.0), 5: (50, 14.0), 6: (41, 12.0)}, 6, steps=1)
+    eos = model.config.eos_token_id
+    assert steps[-1].tokens[0, 3:].tolist() == [50, eos, eos, eos, eos]
+
+
+def test_a_rows_end_does_not_end_the_others(model, monkeypatch):
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eot_id=50))
+    steps = scripted_run(model, {4: (50, 12.0)}, 6, {4: (41, 12.0)})
+    eos = model.config.eos_token_id
+    assert len(steps) == 6 and steps[-1].unwritten.tolist() == [2, 0]
+    assert steps[-1].tokens[0, 4:].tolist() == [50, eos, eos, eos]
+    assert steps[-1].tokens[1, 4] == 41 and (steps[-1].tokens[1] != eos).all()
+    assert len(steps[0].ids[0]) == 1 and len(steps[1].ids[0]) == 0, "it is asked no more"
 
 
 def test_eos_is_banned_in_windows_unless_allowed(model):
@@ -267,6 +362,11 @@ def test_a_prompt_that_cannot_be_continued_is_named(model, prompt, message):
 
 def test_an_empty_prompt_writes_from_nothing(model):
     assert generate(model, [[]], 9, seed=0).shape == (1, 9)
+
+
+def test_without_a_length_1024_tokens_are_written():
+    model = Steerling(dataclasses.replace(CONFIG, block_size=1100)).eval()
+    assert next(unmask(model, [[1, 2, 3]], seed=0)).tokens.shape == (1, 3 + 1024)
 
 
 def test_without_a_length_the_context_is_filled(model):
