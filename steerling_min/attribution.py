@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .config import require_concept
 from .iguide import set_weights
 from .model import Steerling
 from .steering import Steering, decompose_under
@@ -134,7 +135,11 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
 
 
 def promoted(model: Steerling, concept: int, n: int = 10) -> tuple[Tensor, Tensor]:
-    """The tokens that a known concept raises most, and those that it lowers most: (n,) ids each."""
+    """The tokens that a known concept raises most, and those that it lowers most: (n,) ids each.
+
+    Raises ValueError for a concept that there is not; so do the two functions below.
+    """
+    require_concept("known", concept, model.config.n_concepts)
     embedding = model.known_head.concept_embedding.weight[concept]
     alignment = (model.transformer.tok_emb.weight @ embedding).float()  # (V,)
     return alignment.topk(n).indices, (-alignment).topk(n).indices
@@ -142,6 +147,7 @@ def promoted(model: Steerling, concept: int, n: int = 10) -> tuple[Tensor, Tenso
 
 def nearest(model: Steerling, concept: int, n: int = 5) -> tuple[Tensor, Tensor]:
     """The known concepts whose embeddings point most nearly the same way: ids and cosines (n,)."""
+    require_concept("known", concept, model.config.n_concepts)
     E = model.known_head.concept_embedding.weight[: model.config.n_concepts].float()
     cosine = torch.cosine_similarity(E, E[concept][None], dim=-1)
     cosine[concept] = -torch.inf
@@ -152,4 +158,5 @@ def nearest(model: Steerling, concept: int, n: int = 5) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def activations(model: Steerling, tokens: Tensor, concept: int) -> Tensor:
     """How present a known concept is at each token of a text: (B, T) -> (B, T), 0 to 1."""
+    require_concept("known", concept, model.config.n_concepts)
     return model.known_head.logits(model.transformer(tokens))[..., concept].sigmoid()

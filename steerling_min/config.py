@@ -206,6 +206,12 @@ class Config:
 
 
 def require(ok: bool, name: str, value, supported: str) -> None:
-    """Raise the one kind of error this file knows: the field, its value, what is supported."""
+    """Raise ValueError unless ok: with the field, its value and what is supported."""
     if not ok:
         raise ValueError(f"{name} = {value!r} is not supported; supported: {supported}")
+
+
+def require_concept(kind: str, concept: int, n: int) -> None:
+    """Raise ValueError unless the concept, a "known" or "unknown" one, is one of n."""
+    if not 0 <= concept < n:
+        raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")

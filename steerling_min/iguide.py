@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import Config, require
+from .config import Config, require, require_concept
 
 MAX_LOGIT = 15.0  # concept logits are clamped to +- this
 LOGITS = 2**24    # concept logits held at a time, 64 MB: the 8B's unknown ones of 165 tokens
@@ -186,9 +186,7 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
                          f"not {positions.dtype} of shape {tuple(positions.shape)}")
     for name, head, edits in (("known", known_head, known), ("unknown", unknown_head, unknown)):
         for concept in edits or {}:
-            if not 0 <= concept < head.n_concepts:
-                raise ValueError(f"{name} concept {concept} does not exist; "
-                                 f"ids are 0 to {head.n_concepts - 1}")
+            require_concept(name, concept, head.n_concepts)
 
     known_ids, known_logits, plain_known, known_now = apply_head(
         known_head, hidden, known, positions)

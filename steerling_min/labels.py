@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checkpoint import replacing
+from .config import require_concept
 
 LABELS = "concept_labels"  # .csv or .parquet, beside a checkpoint
 COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name")
@@ -58,11 +59,8 @@ class Labels:
         query = query.strip()
         wanted = query.casefold()
         if re.fullmatch(r"-?\d+", query):
-            concept = int(query)
-            if not 0 <= concept < self.n_concepts:
-                raise ValueError(f"concept {concept} does not exist; "
-                                 f"ids are 0 to {self.n_concepts - 1}")
-            return (concept,)
+            require_concept("known", int(query), self.n_concepts)
+            return (int(query),)
         same = tuple(x.id for x in self.by_id.values() if x.name.casefold() == wanted)
         if len(same) > 1:
             raise ValueError(f"concepts {', '.join(map(str, same))} are all called {query!r}: "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import Config, require
+from .config import Config, require, require_concept
 from .iguide import Decomposition, decompose
 from .model import Steerling
 
@@ -109,6 +109,7 @@ class Steerer:
 
         def embeddings(*ids):
             return model.known_head.concept_embedding.weight[list(ids)].float()  # (n, D)
+        self.active = None    # at the last call of `switched`
         self.injections = []  # (layer, cutoff_tokens, alpha * direction (D,))
         for injection in steering.injections:
             direction = unit(embeddings(*injection.ids).sum(0))  # (D,)
@@ -133,6 +134,13 @@ class Steerer:
             active = masked if cutoff is None else masked & (committed < cutoff)[:, None]
             found[layer] = found.get(layer, 0.0) + active[..., None] * vector
         return {layer: x.to(self.model.dtype) for layer, x in found.items()}
+
+    def switched(self, committed: Tensor) -> bool:
+        """Whether an injection has ended in some row since the last call; also at the first."""
+        before = self.active
+        self.active = [(committed < cutoff).tolist() for _, cutoff, _ in self.injections
+                       if cutoff is not None]
+        return self.active != before
 
     def suppress(self, logits: Tensor) -> Tensor:
         """logits (M, V), lowered for the tokens that suppressed concepts promote."""
@@ -163,8 +171,7 @@ def check(steering: Steering, config: Config) -> None:
             raise ValueError(f"layer = {injection.layer} is not a layer; "
                              f"layers are 1 to {config.n_layers}")
     for concept, kind, n in used:
-        if not 0 <= concept < n:
-            raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")
+        require_concept(kind, concept, n)
     require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for kind, edits in (("known", steering.known), ("unknown", steering.unknown)):
         ids = [concept for concept, _ in edits]

@@ -86,9 +86,8 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
     time with the prompt, positions [0, L), masked. With the logits c of the first and u of the
     second, logits = u + (cfg_scale + 1) (c - u); the hidden states are the first run's. All masks
-    are injected, those of the second run's prompt included; when an injection ends at its cutoff,
-    that prompt's keys change. So with guidance and injections the cache is emptied at every step.
-    Suppression comes last.
+    are injected, those of the second run's prompt included, whose keys are therefore final only
+    until an injection ends at its cutoff: then the cache is emptied. Suppression comes last.
 
     Raises ValueError when a steering makes logits infinite or not a number.
     """
@@ -103,7 +102,7 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
     if cache is None:
         hidden = plain_hidden(model, tokens, asked, injections)
     else:
-        if cfg_scale > 0 and injections:
+        if cfg_scale > 0 and steerer.switched(committed):
             cache.length = 0
         hidden = cached_hidden(model, tokens, asked, injections, cache)
     logits = model.transformer.lm_head(steerer.compose(hidden)).float()

@@ -173,3 +173,11 @@ def test_activations_are_the_known_heads_probabilities(model, golden):
     tokens = golden["input_ids"].long()
     found = activations(model, tokens, 3)
     close(found, model.known_head.logits(golden["hidden"])[..., 3].sigmoid(), "sigmoid(logit)")
+
+
+@pytest.mark.parametrize("concept", [-1, 32])
+def test_a_concept_that_there_is_not_is_named(model, concept):
+    """Behind the last one the tables have rows of padding, which are no concepts."""
+    for ask in (promoted, nearest, lambda model, c: activations(model, torch.tensor(PROMPT), c)):
+        with pytest.raises(ValueError, match=f"known concept {concept} does not exist"):
+            ask(model, concept)

@@ -167,7 +167,12 @@ def test_the_cache_is_exact(model, mode, L):
 
 
 @pytest.mark.parametrize("L", [3, 8])
-def test_the_cached_way_gives_the_plain_logits_and_computes_two_blocks(model, L, monkeypatch):
+@pytest.mark.parametrize("options, long_steps", [
+    ({}, 0), ({"cfg_scale": 1.5, "steering": Steering.unlearn(3)}, 0),
+    ({"cfg_scale": 1.5, "steering": Steering.amplify(3, cutoff_tokens=40)}, 1),
+], ids=["plain", "guided and injected", "until a cutoff"])
+def test_the_cached_way_gives_the_plain_logits_and_computes_few_blocks(model, L, options,
+                                                                       long_steps, monkeypatch):
     computed, errors = [], []
     inner, lm_head = unmasking.cached_hidden, model.transformer.lm_head
 
@@ -180,10 +185,12 @@ def test_the_cached_way_gives_the_plain_logits_and_computes_two_blocks(model, L,
         errors.append((lm_head(fast) - lm_head(plain)).abs().max().item())
         return fast
     monkeypatch.setattr(unmasking, "cached_hidden", both)
-    generate(model, torch.tensor(PROMPT)[:, :L], 60, seed=1)
+    generate(model, torch.tensor(PROMPT)[:, :L], 60, seed=1, **options)
     assert max(errors) <= 1e-5, f"step {errors.index(max(errors))} departs by {max(errors):.2e}"
     S = model.config.diff_block_size
-    assert max(computed) <= 3 * S, "a step's work does not grow with the length of the text"
+    assert sum(t > 3 * S for t in computed) == long_steps, (
+        "a step's work does not grow with the length of the text, but for the one after an "
+        "injection's end under guidance")
     assert sorted(computed)[len(computed) // 2] <= 2 * S, "a window overlaps two blocks at most"
 
 
