@@ -289,7 +289,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("aligned windows are not aligned", "S - L % S if align else S", "S"),
     ],
     "steering.py": [
-        ("the cutoff is off by one", "committed < cutoff", "committed <= cutoff"),
+        ("the cutoff is off by one", "masked & (committed < cutoff)",
+         "masked & (committed <= cutoff)"),
         ("one alpha for all directions", "(directions @ tok_emb.T).amax(-1)",
          "(directions @ tok_emb.T).amax()"),
         ("alpha by the largest size", "(directions @ tok_emb.T).amax(-1)",
