@@ -31,6 +31,7 @@ from steerling_min.watch import watch
 
 
 NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or show concepts' names
+SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
 
 def parse_args() -> argparse.Namespace:
@@ -272,6 +273,8 @@ def main() -> None:
             score(model, tokenizer, prompt, args.score)
             return
         size = sum(x.numel() for x in [*model.parameters(), *model.buffers()])
+        if size < SMALL:
+            torch.set_num_threads(1)
         print(f"model {args.model or 'tiny (bundled)'}: {size:,} parameters, "
               f"{args.quantize or str(model.dtype).removeprefix('torch.')}, on {model.device}; "
               f"seed {args.seed}; "

@@ -121,6 +121,13 @@ def test_without_a_length_128_tokens_are_written_or_what_there_is_room_for(run, 
     assert figures[1] == str(new), "in a context of 256"
 
 
+def test_a_small_model_is_run_by_one_thread(run):
+    """As fast as with two when both cores are free, and many times as fast when one is not."""
+    torch.set_num_threads(2)
+    run()
+    assert torch.get_num_threads() == 1
+
+
 def test_the_figures_follow_from_the_clock(run, tiny_folder, monkeypatch):
     monkeypatch.setattr(sample.time, "perf_counter", iter([5.0, 5.001]).__next__)
     figures = parts(run("--steps", 4, "--no-align").out)[2]
