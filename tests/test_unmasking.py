@@ -219,15 +219,16 @@ def test_everything_is_written_and_nothing_is_rewritten(model, mode):
 
 
 def test_a_step_says_what_it_committed(model):
-    before = None
+    before = with_masks(model, 12)
     for step in unmask(model, PROMPT, 12, steps=5, seed=0):
+        hidden = model.transformer(before)
         for b in range(2):
             where, ids = step.positions[b], step.ids[b]
             assert torch.equal(step.tokens[b, where], ids)
             assert (step.confidences[b].diff() <= 0).all(), "surest first"
-            if before is not None:
-                changed = (step.tokens[b] != before[b]).nonzero()[:, 0]
-                assert sorted(where.tolist()) == changed.tolist()
+            changed = (step.tokens[b] != before[b]).nonzero()[:, 0]
+            assert sorted(where.tolist()) == changed.tolist()
+            close(step.hidden[b], hidden[b, where], "the states of these positions, in their order")
         before = step.tokens
 
 
@@ -235,6 +236,28 @@ def test_windows_are_finished_from_left_to_right(model):
     order = [step.positions[0].tolist() for step in unmask(model, PROMPT[:1], 24, seed=2)]
     assert [sorted(sum(order[i:i + 8], [])) for i in (0, 8, 16)] == [
         list(range(8 + i, 16 + i)) for i in (0, 8, 16)]
+
+
+@pytest.mark.parametrize("align, first", [(False, range(5, 13)), (True, range(5, 8))])
+def test_a_window_is_counted_from_the_prompt_or_ends_with_its_block(model, align, first):
+    order = [step.positions[0].item()
+             for step in unmask(model, [PROMPT[0][:5]], 24, seed=2, align=align)]
+    assert sorted(order[: len(first)]) == list(first)
+
+
+def test_the_plain_way_recomputes_everything_at_every_step(model):
+    lengths = []
+    hook = model.transformer.register_forward_pre_hook(
+        lambda module, args: lengths.append(args[0].shape[1]))
+    generate(model, PROMPT, 20, steps=6, seed=0, use_cache=False)
+    hook.remove()
+    assert lengths == [28] * 6
+
+
+def test_global_order_knows_no_windows(model):
+    wishes = {20: (40, 9.0), 3: (41, 5.0)}  # the surest position lies two windows ahead
+    assert scripted_run(model, wishes, 30, order="global")[0].positions[0].tolist() == [20]
+    assert scripted_run(model, wishes, 30)[0].positions[0].tolist() == [3]
 
 
 def test_global_order_takes_the_surest_position_of_the_whole_text(model):
