@@ -281,8 +281,10 @@ def test_a_threshold_needs_fewer_steps_and_each_commit_reaches_it(model):
 
 
 def test_the_same_seed_writes_the_same_text_and_another_does_not(model):
-    a, b, c = (generate(model, PROMPT, 16, seed=seed).tolist() for seed in (1, 1, 2))
-    assert a == b != c
+    a, b, c, d = (generate(model, PROMPT, 16, seed=seed).tolist() for seed in (0, 0, 2, None))
+    assert a == b != c, "seed 0 is a seed, too"
+    assert len({str(x) for x in (a, c, d, generate(model, PROMPT, 16).tolist())}) == 4, (
+        "without a seed every text is another")
 
 
 # ---- how texts end -------------------------------------------------------------------------------
@@ -308,6 +310,12 @@ def test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it(model
     assert steps[-1].tokens.tolist() == [[1, 2, mask, mask, 50, eos, eos, eos]], (
         "the token at 5, committed before, is the one case of a committed token that changes")
     assert steps[-1].unwritten.tolist() == [2], "the result says how much was left unwritten"
+
+
+def test_an_end_of_turn_in_the_prompt_ends_nothing(model, monkeypatch):
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eot_id=2))
+    steps = scripted_run(model, {position: (41, 9.0) for position in range(2, 8)}, 6)
+    assert steps[-1].tokens[0].tolist() == [1, 2] + [41] * 6, "a chat's prompt is full of them"
 
 
 def test_of_several_ends_of_turn_in_a_step_the_leftmost_counts(model, monkeypatch):
