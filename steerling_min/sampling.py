@@ -85,14 +85,15 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     a prompt, all masks look alike at first): with p the largest confidence, whatever lies less than
     1e-5 p (1 - p) below it, what an error of 1e-5 in a logit may change, counts as equal to it. The
     threshold is compared with the confidences as they are.
-    Args: logits (m, V), m >= 1. Returns confidences (n,) and rows of logits (n,).
+    Args: logits (m, V), m >= 1. Returns the confidences as they are (n,) and rows of
+    logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)
     best = confidence.max()
     ranked = confidence.where(confidence < best - 1e-5 * best * (1 - best), best)
-    if count is None:
-        count = max(1, int((confidence >= threshold).sum()))
-    chosen = ranked.argsort(descending=True, stable=True)[:count]
+    order = ranked.argsort(descending=True, stable=True)  # (m,)
+    chosen = order[:count] if count is not None else order[confidence[order] >= threshold]
+    chosen = chosen if len(chosen) else order[:1]
     return confidence[chosen], chosen
 
 

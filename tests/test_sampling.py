@@ -133,6 +133,15 @@ def test_the_surest_positions_come_first():
     torch.testing.assert_close(confidence[0], torch.tensor(5.0).sigmoid())
 
 
+def test_the_threshold_is_compared_with_the_confidences_as_they_are():
+    alike = torch.zeros(2, 4)
+    alike[1, 2] = 1e-6
+    reached = alike.softmax(-1).amax(-1)[1].item()  # by the second alone, though they are alike
+    assert most_confident(alike, None, reached)[1].tolist() == [1]
+    assert most_confident(alike, None, 1.0)[1].tolist() == [0], "none: the first of the equals"
+    assert most_confident(LOGITS, None, 0.0)[1].tolist() == [1, 2, 0, 3], "surest first"
+
+
 def test_masks_that_look_alike_are_filled_from_the_left():
     alike = torch.zeros(6, 4)
     alike[:, 2] = 1.0
