@@ -185,20 +185,17 @@ def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict
         del model
         generator = SteerlingGenerator.from_pretrained(folder, device=device, dtype=dtype)
 
-    def seconds(steps: int) -> float:
-        options = GenerationConfig(max_new_tokens=n, steps=steps, seed=0)
-        wait(device)
-        began = time.perf_counter()
-        found.append(generator.generate_full(torch.tensor([make_prompt()]), options).tokens)
-        wait(device)
-        return time.perf_counter() - began
     found: list[torch.Tensor] = []
+
+    def write(steps: int) -> None:
+        options = GenerationConfig(max_new_tokens=n, steps=steps, seed=0)
+        found.append(generator.generate_full(torch.tensor([make_prompt()]), options).tokens)
     if n == S:
-        return {"ms": 1000 * seconds(n) / n, "tokens": found[0].flatten().tolist()}
-    few, more = seconds(n // S), seconds(2 * n // S)
+        return {"ms": milliseconds(device, write, n) / n, "tokens": found[0].flatten().tolist()}
+    few, more = (milliseconds(device, write, steps) for steps in (n // S, 2 * n // S))
     one_pass = (more - few) / (n // S)
     one_draw = (few - n // S * one_pass) / n
-    return {"ms": 1000 * (one_pass + one_draw), "tokens": None}
+    return {"ms": one_pass + one_draw, "tokens": None}
 
 
 def fastest(device: str, repeat: int, f, *args, **kwargs) -> float:

@@ -262,12 +262,9 @@ def test_global_order_knows_no_windows(model):
 
 def test_global_order_takes_the_surest_position_of_the_whole_text(model):
     first = next(iter(unmask(model, PROMPT[:1], 40, order="global", seed=0)))
-    tokens = torch.tensor(PROMPT[:1])
-    tokens = torch.cat([tokens, torch.full((1, 40), model.config.mask_token_id)], 1)
+    tokens = with_masks(model, 40)[0]
     with torch.no_grad():
-        logits = model(tokens).logits[0, 8:]
-    seen = logits[:, PROMPT[0]]
-    logits[:, PROMPT[0]] = torch.where(seen > 0, seen / 1.1, seen * 1.1)
+        logits = penalize_repetition(model(tokens[None]).logits[0, 8:], tokens, 1.1)
     logits[:, [model.config.mask_token_id, model.config.pad_token_id]] = -torch.inf
     assert first.positions[0].item() == 8 + logits.softmax(-1).amax(-1).argmax().item()
 
