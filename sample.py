@@ -20,15 +20,15 @@ from pathlib import Path
 import torch
 
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
-from steerling_min.animation import animation
 from steerling_min.attribution import promoted
-from steerling_min.checkpoint import find_checkpoint, replacing
-from steerling_min.cli import Parser, out_of_memory
-from steerling_min.explain import explain, print_explanation
-from steerling_min.labels import Labels, labels_beside, load_labels
-from steerling_min.page import page
-from steerling_min.watch import watch
-
+from steerling_min.files.cli import Parser, out_of_memory
+from steerling_min.files.labels import Labels, labels_beside, load_labels
+from steerling_min.files.loading import find_checkpoint
+from steerling_min.files.writing import replacing
+from steerling_min.views.animation import animation
+from steerling_min.views.explain import explain, print_explanation
+from steerling_min.views.page import page
+from steerling_min.views.watch import watch
 
 NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or show concepts' names
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other

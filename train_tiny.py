@@ -12,8 +12,8 @@ model; the token loss is taken at the masked positions only. The model reads thi
 sequence: a block is predicted from earlier blocks that are noisy too (Block Diffusion puts a clean
 copy beside it, which costs about twice as much). When text is written, earlier blocks are clean.
 
-The concept layer learns at the same time; `steerling_min/losses.py` says what, and why,
-and `steerling_min/objective.py` puts a step together.
+The concept layer learns at the same time; `steerling_min/training/losses.py` says what, and why,
+and `steerling_min/training/objective.py` puts a step together.
 """
 
 import dataclasses
@@ -33,19 +33,20 @@ from safetensors import SafetensorError
 from torch import nn
 
 from steerling_min import Config, Steerling
-from steerling_min.checkpoint import replacing
-from steerling_min.cli import Parser, out_of_memory
-from steerling_min.curve import save_png, text_curve
-from steerling_min.data import Stories, Texts, count_tokens, cut
 from steerling_min.diffusion import corrupt, noise_levels
-from steerling_min.distributed import RANK, WORLD, agreed
-from steerling_min.evaluate import evaluate, held_out_loss, print_table
-from steerling_min.labels import write_labels
-from steerling_min.losses import lifted_tokens
-from steerling_min.model import pick_device
-from steerling_min.objective import PARTS, Draws, Objective, draw_injections
-from steerling_min.resume import STATE, load_state, save_state
-from steerling_min.tokenizer import RANK_FILE
+from steerling_min.files.cli import Parser, out_of_memory
+from steerling_min.files.config_json import config_to_dict
+from steerling_min.files.labels import write_labels
+from steerling_min.files.loading import pick_device
+from steerling_min.files.writing import replacing
+from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.training.curve import save_png, text_curve
+from steerling_min.training.data import Stories, Texts, count_tokens, cut
+from steerling_min.training.distributed import RANK, WORLD, agreed
+from steerling_min.training.evaluate import evaluate, held_out_loss, print_table
+from steerling_min.training.losses import lifted_tokens
+from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
+from steerling_min.training.resume import STATE, load_state, save_state
 
 STEPS = 12_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
@@ -126,7 +127,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     """
     config, device = model.config, model.device
     must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
-    settings = {"config": config.to_dict(), "text": [str(file) for file in args.text or []],
+    settings = {"config": config_to_dict(config), "text": [str(file) for file in args.text or []],
                 **{name: getattr(args, name) for name in must_match}}
     optimizer = make_optimizer(model)
     step, elapsed, history = 0, 0.0, []

@@ -2,9 +2,10 @@
 
 from .config import Config
 from .diffusion import log_likelihood
-from .model import Steerling, load
+from .files.loading import load
+from .model import Steerling
 from .steering import Steering
-from .tokenizer import Tokenizer
+from .files.tokenizer import Tokenizer
 from .unmasking import generate, unmask
 
 __all__ = ["Config", "Steering", "Steerling", "Tokenizer", "generate", "load", "log_likelihood",

@@ -10,40 +10,12 @@ The letters that stand for these numbers in the shapes of every file:
 
 k' is the unknown head's k. The word block has three uses, all official: `block_size` is the context
 length, `diff_block_size` is S, and `transformer.blocks` are the layers.
-
-Two layouts of `config.json` are in circulation and both are read here: the hub's (one flat object)
-and the converter's (the concept fields nested under "concept"). Only the hub's is written.
+How these numbers are read from a checkpoint's `config.json` is in `files/config_json.py`.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-# Architecture switches that the official code offers and this one fixes. A file that asks for
-# anything else is refused, because the weights would load and the text would be silently wrong.
-FIXED = {
-    "mlp_type": "swiglu",
-    "use_rms_norm": True,
-    "norm_order": "post",
-    "use_qk_norm": True,
-    "use_rope": True,
-    "rope_full_precision": True,
-    "use_bias": False,
-    "weight_sharing": True,
-    "interpretable": True,
-    "use_unknown": True,
-    "use_attention_known": False,
-    "use_attention_unknown": False,
-    "factorize_unknown": True,
-    "apply_topk_to_unknown": True,
-    "use_epsilon_correction": True,
-    "topk_on_logits": False,
-}
-# What a file must state: sizes, and numbers whose guess would load and give another model.
-REQUIRED = ("n_layers", "n_head", "n_embd", "block_size", "diff_block_size", "norm_eps",
-            "rope_base", "clip_qkv", "n_concepts", "topk_known", "n_unknown_concepts",
-            "unknown_topk", "vocab_size")
 REAL = ("mlp_ratio", "norm_eps", "rope_base", "clip_qkv")  # the others are whole numbers
 TOKEN_IDS = ("eos_token_id", "pad_token_id", "bos_token_id", "endofchunk_token_id",
              "mask_token_id", "start_header_id", "end_header_id", "eot_id")
@@ -159,50 +131,6 @@ class Config:
                 f"at most n_concepts = {self.n_concepts}")
         require(self.unknown_topk <= self.n_unknown_concepts, "unknown_topk", self.unknown_topk,
                 f"at most n_unknown_concepts = {self.n_unknown_concepts}")
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "Config":
-        """Build from either published layout of config.json.
-
-        Raises ValueError when a size is missing or a value asks for an architecture that this
-        implementation does not have. Keys it has no use for (`auto_map`, ...) are ignored.
-        """
-        # The nested "block_size" is the concept heads' streaming size, not the context length.
-        nested = {k: v for k, v in data.get("concept", {}).items() if k != "block_size"}
-        # Left out, these two mean null, not the 8B's value.
-        flat = {"topk_known_features": None, "n_kv_heads": None, **data, **nested}
-        model_type = flat.get("model_type", "steerling")
-        require(model_type in ("steerling", "causal_diffusion"), "model_type", model_type,
-                "'steerling', 'causal_diffusion'")
-        for name in REQUIRED:
-            if name not in flat:
-                raise ValueError(f"the config lacks {name}")
-        for name, only in FIXED.items():
-            require(flat.get(name, only) == only, name, flat.get(name), f"{only!r}")
-        if flat.get("concept_dim") is not None:
-            require(flat["concept_dim"] == flat["n_embd"], "concept_dim", flat["concept_dim"],
-                    f"n_embd = {flat['n_embd']}")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in flat.items() if name in fields})
-
-    def to_dict(self) -> dict:
-        """The hub's flat layout, with every field that the hub's file has."""
-        return {"model_type": "steerling", **dataclasses.asdict(self), **FIXED,
-                "concept_dim": self.n_embd, "concept_block_size": 4096}
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Config":
-        """Read a config.json; every error names the file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(data, dict) or not isinstance(data.get("concept", {}), dict):
-            raise ValueError(f"{path} does not hold a config object")
-        try:
-            return cls.from_dict(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
 
 def require(ok: bool, name: str, value, supported: str) -> None:

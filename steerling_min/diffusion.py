@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distributed import mean, total
 from .model import Steerling
 
 
@@ -45,8 +44,7 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     weighting "none": the mean over masked tokens. "1/t": each is weighted by 1/t of its block and
     the sum divided by the number of all tokens, B T, masked or not. For uniform t its expectation
     is an upper bound on the negative log-likelihood per token of a block, given the noisy blocks
-    before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Sums and counts are those of all
-    processes (`distributed.py`).
+    before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
     Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t
     (B, T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError,
     naming it and what is supported, for another weighting.
@@ -55,8 +53,8 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
         raise ValueError(f"weighting = {weighting!r} is not supported; supported: 'none', '1/t'")
     losses = F.cross_entropy(logits.float(), tokens[masked], reduction="none")  # (M,)
     if weighting == "none":
-        return mean(losses)
-    return total((losses / t.to(losses)[masked]).sum()) / total(losses.new_tensor(tokens.numel()))
+        return losses.sum() / max(1, len(losses))
+    return (losses / t.to(losses)[masked]).sum() / tokens.numel()
 
 
 @torch.no_grad()

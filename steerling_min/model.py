@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
 from .backbone import Backbone
-from .config import Config
+from .config import Config, require
 from .iguide import Decomposition, KnownHead, UnknownHead, decompose
-from .tokenizer import RANK_FILE, Tokenizer
 
 
 @dataclass
@@ -23,7 +21,12 @@ class Output(Decomposition):
 
 
 class Steerling(nn.Module):
-    """The whole model. Its parameter names are those of the published checkpoint."""
+    """The whole model, under the parameter names of the published checkpoint.
+
+        transformer                tokens -> hidden states              backbone.py
+        known_head, unknown_head   hidden -> known, unknown, epsilon    iguide.py
+        transformer.lm_head        composed -> logits                   the token embedding, again
+    """
 
     def __init__(self, config: Config):
         """Random weights: N(0, 0.02), what ends a branch scaled by 1/sqrt(2 n_layers), norms 1."""
@@ -73,11 +76,9 @@ class Steerling(nn.Module):
         """
         pools = {"mean": lambda x: x.mean(1), "last": lambda x: x[:, -1],
                  "first": lambda x: x[:, 0], "none": lambda x: x}
-        for name, value, supported in (("kind", kind, ("hidden", "composed", "known", "unknown")),
-                                       ("pooling", pooling, tuple(pools))):
-            if value not in supported:
-                raise ValueError(f"{name} = {value!r} is not supported; supported: "
-                                 + ", ".join(supported))
+        kinds = ("hidden", "composed", "known", "unknown")
+        require(kind in kinds, "kind", kind, ", ".join(kinds))
+        require(pooling in pools, "pooling", pooling, ", ".join(pools))
         if tokens.shape[1] == 0:
             raise ValueError("there are no tokens to embed")
         return pools[pooling](getattr(self(tokens), kind))
@@ -90,58 +91,10 @@ class Steerling(nn.Module):
         int8: keep matrices in a byte per weight (`quantize.py`).
         Raises FileNotFoundError or ValueError with one line that says what is wrong.
         """
-        folder = Path(folder)
-        config = Config.load(checkpoint.require_file(folder, "config.json"))
-        with torch.device("meta"):  # shapes only: nothing is allocated until it is read
-            model = cls(config)
-        checkpoint.load_weights(model, folder, torch.device(device), dtype, int8)
-        return model.eval()
+        from .files.checkpoint import load_model  # here: what reads files imports this module
+        return load_model(Path(folder), torch.device(device), dtype, int8)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model.safetensors and config.json under the official names and the hub's layout."""
-        checkpoint.save(self, Path(folder))
-
-
-def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None,
-         int8: bool = False) -> tuple[Steerling, Tokenizer]:
-    """A model and its tokenizer, ready to generate.
-
-    path: a checkpoint folder, a hub id in the local Hugging Face cache, or None for the bundled
-    tiny model. device "auto" takes cuda, else mps, else cpu. dtype None is bfloat16 on cuda and
-    float32 elsewhere. int8: keep matrices in a byte per weight (`quantize.py`).
-
-    Raises FileNotFoundError or ValueError with one line that says what is wrong.
-    """
-    folder = checkpoint.find_checkpoint(path)
-    config = Config.load(checkpoint.require_file(folder, "config.json"))
-    instruct = config.eot_id is not None
-    if (folder / RANK_FILE).is_file():
-        tokenizer = Tokenizer.from_file(folder / RANK_FILE, instruct)
-    else:
-        tokenizer = Tokenizer.cl100k(instruct)
-    for name, token_id in {"vocab_size": config.vocab_size, **config.token_ids}.items():
-        if getattr(tokenizer, name) != token_id:
-            raise ValueError(f"{folder / 'config.json'} says {name} = {token_id}; the tokenizer "
-                             f"has {getattr(tokenizer, name)}")
-    chosen = pick_device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The torch device of that name; "auto" is cuda > mps > cpu. ValueError if it is not there."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-               "cpu": True}
-    available = [kind for kind in present if present[kind]]
-    if name == "auto":
-        return torch.device(available[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if (device is None or device.type not in available
-            or device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available here; "
-                         f"available: {', '.join(available)}")
-    return device
+        from .files.checkpoint import save_model
+        save_model(self, Path(folder))

@@ -3,8 +3,69 @@
 Letters: m masked positions, n of them filled in this step, V vocabulary, T tokens.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from .config import Config, require
+
+
+@dataclass(frozen=True)
+class Options:
+    """How `unmask` writes. The defaults are the official package's."""
+
+    # Denoising steps in all, shared out over the windows. None commits one token per step.
+    steps: int | None = None
+    # Instead of steps: commit every position that is at least this sure, 0 to 1, at least one.
+    confidence_threshold: float | None = None
+    # The temperature follows each token's entropy, and `temperature` is ignored.
+    entropy_sampling: bool = True
+    # Used without entropy_sampling; 0 is greedy.
+    temperature: float = 1.2
+    # The nucleus of every draw, 0 to 1.
+    top_p: float = 0.8
+    # On all tokens now in the sequence, prompt included; 1 is none.
+    repetition_penalty: float = 1.1
+    # Classifier-free guidance, away from what the model says when the prompt is masked; 0 is off.
+    cfg_scale: float = 0.0
+    # "window", the order of release 0.2; or "global", that of 0.1: all new positions are one
+    # window, and <|endoftext|> may be committed, which ends the sequence after that step.
+    order: str = "window"
+    # Cut the windows at the edges of the attention blocks instead of counting from the prompt, so
+    # that no window fills the later of two blocks before the earlier is complete.
+    align: bool = False
+    # Let <|endoftext|> be committed. Like an instruct model's <|eot_id|> it fills all to its right
+    # with <|endoftext|> and ends the sequence; masks to its left stay. Of several in one step the
+    # leftmost counts, after the step's commits.
+    allow_eos: bool = False
+    # A sequence ends after a window that brought its new text one of these ids.
+    stop_tokens: Sequence[int] = ()
+    # Row b of a batch draws from seed + b. None draws differently every time.
+    seed: int | None = None
+
+    def check(self, config: Config) -> None:
+        """Raise ValueError, naming the option, for the first that cannot be honoured."""
+        sure = self.confidence_threshold
+        for ok, name, supported in (
+                (self.steps is None or isinstance(self.steps, int) and self.steps >= 1, "steps",
+                 "None or a whole number, 1 or more"),
+                (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "temperature",
+                 "0 (greedy), or 1e-6 to 1e6"),
+                (0 <= self.top_p <= 1, "top_p", "0 to 1"),
+                (self.repetition_penalty > 0, "repetition_penalty", "above 0; 1 = none"),
+                (self.cfg_scale >= 0, "cfg_scale", "0 (off) or more"),
+                (sure is None or 0 <= sure <= 1, "confidence_threshold", "None or 0 to 1"),
+                (self.order in ("window", "global"), "order", "'window' or 'global'"),
+                (self.seed is None or 0 <= self.seed < 2**63, "seed", "None or 0 to 2^63 - 1"),
+                (all(0 <= i < config.vocab_size for i in self.stop_tokens), "stop_tokens",
+                 f"ids below {config.vocab_size}")):
+            require(ok, name, getattr(self, name), supported)
+        if self.steps is not None and sure is not None:
+            raise ValueError("steps and confidence_threshold exclude each other: give one")
+        if self.order == "global" and self.align:
+            raise ValueError("align cuts windows, and order='global' has none: give one")
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
@@ -97,23 +158,24 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     return confidence[chosen], chosen
 
 
-def choose(logits: Tensor, tokens: Tensor, count: int | None, threshold: float | None,
-           banned: Tensor, repetition_penalty: float, temperature: float, top_p: float,
-           entropy_sampling: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def choose(logits: Tensor, tokens: Tensor, count: int | None, banned: Tensor, options: Options,
+           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """One step's commits: penalty, then bans, then the surest positions, then a draw for each.
 
-    Args: logits (m, V) of the masked positions; tokens (T,), the sequence; count and threshold as
-    for most_confident; banned, ids that may not be committed. Returns rows of logits, token ids
-    and confidences, (n,) each, surest first; none at all for a sequence without masks, m = 0.
+    Args: logits (m, V) of the masked positions; tokens (T,), the sequence; count, how many to fill,
+    or None where options.confidence_threshold decides; banned, ids that may not be committed.
+    Returns rows of logits, token ids and confidences, (n,) each, surest first; none at all for a
+    sequence without masks, m = 0.
     """
     if len(logits) == 0:
         return banned[:0], banned[:0], logits[:, 0]
-    logits = penalize_repetition(logits, tokens, repetition_penalty)  # a copy, so in place:
+    logits = penalize_repetition(logits, tokens, options.repetition_penalty)  # a copy, so in place:
     logits.index_fill_(-1, banned, -torch.inf)
-    confidence, chosen = most_confident(logits, count, threshold)  # (n,)
+    confidence, chosen = most_confident(logits, count, options.confidence_threshold)  # (n,)
     ids = torch.empty_like(chosen)
     for i, row in enumerate(logits[chosen]):  # (V,)
-        ids[i] = sample(row, temperature, top_p, entropy_sampling, generator)
+        ids[i] = sample(row, options.temperature, options.top_p, options.entropy_sampling,
+                        generator)
     return chosen, ids, confidence
 
 

@@ -29,9 +29,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min import Config, Steerling, load, unmask
-from steerling_min.checkpoint import save, tie
-from steerling_min.data import cut, endless_stories, pack
-from steerling_min.quantize import quantize
+from steerling_min.files.checkpoint import save_model, tie
+from steerling_min.files.config_json import config_to_dict
+from steerling_min.training.data import cut, endless_stories, pack
+from steerling_min.files.quantize import quantize
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_tiny  # noqa: E402
@@ -178,8 +179,8 @@ def measure_official(size: str, n: int, device: str, dtype: torch.dtype) -> dict
     S = Config().diff_block_size
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(size, "cpu", dtype)
-        save(model, Path(folder))
-        config = model.config.to_dict()  # it reads from a folder the layout that nests the heads
+        save_model(model, Path(folder))
+        config = config_to_dict(model.config)  # it reads the layout that nests the heads
         config["concept"] = {name: config[name] for name in CONCEPT_FIELDS}
         (Path(folder) / "config.json").write_text(json.dumps(config))
         del model

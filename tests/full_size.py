@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from steerling_min import Config, Steerling
-from steerling_min.checkpoint import INDEX, LM_HEAD
+from steerling_min.files.checkpoint import INDEX, LM_HEAD
+from steerling_min.files.config_json import config_to_dict
 
 ROOT = Path(__file__).parent.parent
 SHARD_BYTES = 5 * 2**30  # the converter starts a new shard when this would be exceeded
@@ -67,7 +68,7 @@ def write_checkpoint(folder: Path, config: Config) -> None:
         write_shard(folder / name, shard)
         weight_map |= dict.fromkeys(shard, name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config), indent=2))
 
 
 def main() -> None:

@@ -39,6 +39,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FILES = {path.name: path.relative_to(ROOT).as_posix()  # no two have one name
+         for path in [*(ROOT / "steerling_min").rglob("*.py"), ROOT / "sample.py",
+                      ROOT / "train_tiny.py"] if path.name != "__init__.py"}
 MEMORY = 16 * 2**30  # bytes for each process: a mutant may fill a list for ever
 # Every mutant needs a fresh process; forked from one that has imported torch, it starts at once.
 FORKS = multiprocessing.get_context("forkserver")
@@ -134,8 +137,10 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
     "model.py": [
         ("logits skip the concept layer", "lm_head(parts.composed)", "lm_head(hidden)"),
     ],
-    "config.py": [
+    "config_json.py": [
         ("config: the concept heads' block_size is read", ' if k != "block_size"', ""),
+    ],
+    "config.py": [
         ("config: topk_known where topk_known_features is given",
          "self.topk_known_features or self.topk_known", "self.topk_known"),
     ],
@@ -168,34 +173,9 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("the bound's blocks are counted from start", "range(start // S * S, T, S)",
          "range(start, T, S)"),
     ],
-    "unmasking.py": [
+    "cache.py": [
         ("a GPU is waited for after the pass", "hidden[rows, positions - fresh.start]",
          "hidden[asked[:, fresh]]"),
-        ("a GPU is asked whether a row has ended", "~torch.isin(ids, roles.end).any()",
-         "not torch.isin(ids, roles.end).any()"),
-        ("a GPU's texts are drawn by the CPU", "torch.Generator(device) for",
-         "torch.Generator() for"),
-        ("interventions do not reach the text", "lm_head(steerer.compose(hidden))",
-         "lm_head(hidden)"),
-        ("guidance: the masked prompt is not injected", "steerer.vectors(tokens == mask_id,",
-         "steerer.vectors((tokens == mask_id) & (torch.arange(tokens.shape[1]) >= L),"),
-        ("one row's end ends all", "active[b] &= ~torch.isin(ids, roles.end)",
-         "active &= ~torch.isin(ids, roles.end)"),
-        ("committed tokens are written again", "asked = (tokens == mask_id) & active",
-         "asked = (torch.arange(T, device=device) >= start) & active"),
-        ("windows are not kept apart", "asked[:, end:] = False", "pass"),
-        ("the mask may be committed", "[config.mask_token_id, config.pad_token_id], []",
-         "[config.pad_token_id], []"),
-        ("EOS may be committed", "banned.append(config.eos_token_id)", "pass"),
-        ("an end of turn overwrites itself", "device=device) > turn_end",
-         "device=device) >= turn_end"),
-        ("stop tokens in the prompt count", "torch.isin(tokens[:, L:end], roles.stop)",
-         "torch.isin(tokens[:, :end], roles.stop)"),
-        ("one seed for all rows", "manual_seed(seed + b)", "manual_seed(seed)"),
-        ("a step's tokens change later", "Step(tokens.clone(),", "Step(tokens,"),
-        ("guidance: scale off by one", "(cfg_scale + 1) * (c - u)", "cfg_scale * (c - u)"),
-        ("guidance: the blind run's hidden states", "hidden, _ = hidden.chunk(2)",
-         "_, hidden = hidden.chunk(2)"),
         ("cache: one block too far", "cache.length = min(numbers) // S * S",
          "cache.length = (min(numbers) // S + 1) * S"),
         ("cache: one block short", "cache.length = min(numbers) // S * S",
@@ -206,6 +186,32 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "cache.length = max(numbers) // S * S"),
         ("cache: the block is cut after the last mask", "(max(numbers) // S + 1) * S)",
          "max(numbers) + 1)"),
+    ],
+    "unmasking.py": [
+        ("a GPU is asked whether a row has ended", "~torch.isin(ids, roles.end).any()",
+         "not torch.isin(ids, roles.end).any()"),
+        ("a GPU's texts are drawn by the CPU", "torch.Generator(device)", "torch.Generator()"),
+        ("interventions do not reach the text", "lm_head(steerer.compose(hidden))",
+         "lm_head(hidden)"),
+        ("guidance: the masked prompt is not injected", "steerer.vectors(tokens == mask_id,",
+         "steerer.vectors((tokens == mask_id) & (torch.arange(tokens.shape[1]) >= L),"),
+        ("one row's end ends all", "active[b] &= ~torch.isin(ids, roles.end)",
+         "active &= ~torch.isin(ids, roles.end)"),
+        ("committed tokens are written again", "asked = (tokens == config.mask_token_id) & active",
+         "asked = (torch.arange(T, device=device) >= start) & active"),
+        ("windows are not kept apart", "asked[:, end:] = False", "pass"),
+        ("the mask may be committed", "[config.mask_token_id, config.pad_token_id], []",
+         "[config.pad_token_id], []"),
+        ("EOS may be committed", "banned.append(config.eos_token_id)", "pass"),
+        ("an end of turn overwrites itself", "device=row.device) > turn_end",
+         "device=row.device) >= turn_end"),
+        ("stop tokens in the prompt count", "torch.isin(tokens[:, L:end], roles.stop)",
+         "torch.isin(tokens[:, :end], roles.stop)"),
+        ("one seed for all rows", "manual_seed(seed + b)", "manual_seed(seed)"),
+        ("a step's tokens change later", "Step(tokens.clone(),", "Step(tokens,"),
+        ("guidance: scale off by one", "(cfg_scale + 1) * (c - u)", "cfg_scale * (c - u)"),
+        ("guidance: the blind run's hidden states", "hidden, _ = hidden.chunk(2)",
+         "_, hidden = hidden.chunk(2)"),
         ("cache: kept although an injection ended", "cache.length = 0", "pass"),
         ("cache: emptied at every step", "and steerer.switched(committed)", ""),
         ("injection where a token stands already", "vectors(tokens == mask_id,",
@@ -258,8 +264,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "chunks + N * torch.arange(len(starts))[:, None]", "chunks"),
     ],
     "distributed.py": [
-        ("the mean of the processes' means", "count = total(x.new_tensor(float(x.numel())))",
-         "count = total(x.new_tensor(1.0)) * x.numel()"),
+        ("the mean of the processes' means", "n = loss.new_tensor(float(count))",
+         "n = loss.new_tensor(1.0)"),
     ],
     "sampling.py": [
         ("the least confident first", "argsort(descending=True, stable=True)",
@@ -316,7 +322,8 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "animation": "sample", "attention": "block backbone model unmasking",
     "attribution": "explain page", "backbone": "model device unmasking steering attribution",
     "block": "backbone model", "checkpoint": "quantize model sample",
-    "config": "model checkpoint tokenizer unmasking", "curve": "train_tiny",
+    "cache": "device steering", "config": "model checkpoint tokenizer unmasking",
+    "config_json": "checkpoint model", "curve": "train_tiny",
     "data": "train_tiny evaluate", "diffusion": "objective evaluate sample",
     "distributed": "losses train_tiny", "evaluate": "train_tiny",
     "explain": "page animation sample", "iguide": "model steering attribution objective unmasking",
@@ -345,7 +352,7 @@ EQUIVALENT = {
 
 # ---- generated mutants ---------------------------------------------------------------------------
 
-SKIPPED = ("__init__.py", "cli.py", "grammar.py")
+SKIPPED = ("cli.py", "grammar.py", "exercises.py")
 TABLES = {"EXERCISES", "MODIFICATIONS", "MEASURES"}  # words and numbers for people
 SYMMETRIC = {"max", "min", "transpose", "isinstance"}  # or a type error, which nobody overlooks
 DULL = {"print", "add_argument", "error"}            # calls for people
@@ -442,9 +449,7 @@ def edits_of(text: bytes) -> Iterator[tuple[int, int, bytes]]:
 def generated() -> list[Mutant]:
     """All generated mutants, equivalent ones included."""
     found = []
-    for path in sorted((ROOT / "steerling_min").glob("*.py")):
-        if path.name in SKIPPED:
-            continue
+    for path in sorted(ROOT / file for name, file in FILES.items() if name not in SKIPPED):
         text = path.read_bytes()
         for start, end, new in edits_of(text):
             if new == text[start:end]:
@@ -455,7 +460,7 @@ def generated() -> list[Mutant]:
             what = " ".join(what.partition("  # ")[0].split())
             line = text.count(b"\n", 0, start) + 1
             found.append(Mutant(f"{path.name}:{line}: {what}", f"{path.name}: {what}",
-                                f"steerling_min/{path.name}",
+                                FILES[path.name],
                                 (text[:start] + new + text[end:]).decode()))
     return found
 
@@ -464,10 +469,10 @@ def by_hand() -> list[Mutant]:
     """The mistakes as mutants. Exits, with a line for each that does not fit its file any more."""
     found, wrong = [], []
     for name, file, old, new in MISTAKES:
-        text = (ROOT / "steerling_min" / file).read_text(encoding="utf-8")
+        text = (ROOT / FILES[file]).read_text(encoding="utf-8")
         if text.count(old) != 1:
             wrong.append(f"{file}: {name}: the old text stands there {text.count(old)} times")
-        found.append(Mutant(f"{file}: {name}", f"{file}: {name}", f"steerling_min/{file}",
+        found.append(Mutant(f"{file}: {name}", f"{file}: {name}", FILES[file],
                             text.replace(old, new)))
     for mutant in found:
         try:

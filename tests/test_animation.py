@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 import pytest
 
 from steerling_min import load, unmask
-from steerling_min.animation import COLOURS, HOLD, SECONDS, animation
-from steerling_min.checkpoint import TINY
-from steerling_min.labels import Label, Labels, labels_beside
+from steerling_min.views.animation import COLOURS, HOLD, SECONDS, animation
+from steerling_min.files.loading import TINY
+from steerling_min.files.labels import Label, Labels, labels_beside
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import close
 
-from steerling_min import load, unmask, world
+from steerling_min import load, unmask
+from steerling_min.training import world
 from steerling_min.attribution import (activations, attribute, attribute_text, chunk_attribution,
                                        input_attribution, nearest, promoted)
-from steerling_min.evaluate import tokens_of
+from steerling_min.training.evaluate import tokens_of
 from steerling_min.steering import Steering
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]

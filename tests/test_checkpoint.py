@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 from conftest import CONFIG, GOLDEN
 from safetensors.torch import load_file, save_file
 
-from steerling_min import Config, Steerling, Tokenizer, checkpoint, load
-from steerling_min.checkpoint import INDEX, LM_HEAD, TOK_EMB, find_checkpoint
-from steerling_min.tokenizer import RANK_FILE
+from steerling_min import Config, Steerling, Tokenizer, load
+from steerling_min.files import checkpoint
+from steerling_min.files.checkpoint import INDEX, LM_HEAD, TOK_EMB
+from steerling_min.files.loading import find_checkpoint
+from steerling_min.files.tokenizer import RANK_FILE
 
 LN_F = "transformer.ln_f.weight"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -318,7 +321,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, model, fails, monkeypat
     if fails == "save_file":
         monkeypatch.setattr(checkpoint, "save_file", full_disk)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", no_rename)
+        monkeypatch.setattr(os, "replace", no_rename)
     with pytest.raises(OSError):
         Steerling(CONFIG).save_pretrained(folder)
     assert same_weights(Steerling.from_pretrained(folder), model)

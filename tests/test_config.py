@@ -10,8 +10,9 @@ import torch
 from conftest import CONFIG, GOLDEN
 
 from steerling_min import Config, Steerling
-from steerling_min.checkpoint import LM_HEAD
-from steerling_min.config import FIXED
+from steerling_min.files.checkpoint import LM_HEAD
+from steerling_min.files.config_json import (FIXED, config_from_dict, config_to_dict,
+                                             read_config)
 
 OFFICIAL = json.loads((Path(__file__).parent / "golden" / "state_dict_8b.json").read_text())
 
@@ -46,16 +47,16 @@ def write(folder, data) -> Path:
 
 @pytest.mark.parametrize("layout", [HUB, CONVERTER], ids=["hub", "converter"])
 def test_both_published_layouts_describe_the_8b(layout, tmp_path):
-    assert Config.load(write(tmp_path, layout)) == Config.steerling_8b()
+    assert read_config(write(tmp_path, layout)) == Config.steerling_8b()
 
 
 def test_the_nested_block_size_is_not_the_context_length():
     data = json.loads((GOLDEN / "config.json").read_text())
     assert data["block_size"] == 128 and data["concept"]["block_size"] == 4096
-    assert Config.from_dict(data).block_size == 128, "4096 is the concept heads' streaming size"
+    assert config_from_dict(data).block_size == 128, "4096 is the concept heads' streaming size"
     del data["block_size"]
     with pytest.raises(ValueError, match="lacks block_size"):
-        Config.from_dict(data)
+        config_from_dict(data)
 
 
 @pytest.mark.parametrize("config", [
@@ -65,11 +66,11 @@ def test_the_nested_block_size_is_not_the_context_length():
     Config(vocab_size=100_284, start_header_id=100_281, end_header_id=100_282, eot_id=100_283),
 ], ids=["8b", "tiny", "test", "nulls", "instruct"])
 def test_what_is_saved_is_read_back(config, tmp_path):
-    assert Config.load(write(tmp_path, config.to_dict())) == config
+    assert read_config(write(tmp_path, config_to_dict(config))) == config
 
 
 def test_what_is_saved_is_the_hubs_layout():
-    saved = Config.steerling_8b().to_dict()
+    saved = config_to_dict(Config.steerling_8b())
     for name in HUB.keys() - {"architectures", "auto_map", "torch_dtype", "transformers_version"}:
         assert name in saved, f"the hub's file states {name}"
         assert saved[name] == HUB[name] or name == "concept_block_size"
@@ -89,7 +90,7 @@ def test_null_sizes_follow_from_others():
 @pytest.mark.parametrize("name", ["n_kv_heads", "topk_known_features", "intermediate_size"])
 def test_left_out_means_null_not_the_8bs_value(name):
     data = {key: value for key, value in HUB.items() if key != name}
-    assert Config.from_dict(data) == Config.from_dict({**HUB, name: None})
+    assert config_from_dict(data) == config_from_dict({**HUB, name: None})
 
 
 def test_a_given_hidden_width_shapes_the_mlp():
@@ -133,7 +134,7 @@ def test_another_architecture_is_refused_by_name(layout, name, tmp_path):
     data = {**layout, "concept": {**layout["concept"], name: value}} if nested else {
         **layout, name: value}
     with pytest.raises(ValueError) as error:
-        Config.load(write(tmp_path, data))
+        read_config(write(tmp_path, data))
     message = str(error.value)
     assert f"{name} = {value!r} is not supported; supported: " in message
     assert repr({**HUB, "model_type": "causal_diffusion"}[name]) in message.split("supported: ")[1]
@@ -148,7 +149,7 @@ def test_every_switch_has_a_refused_value():
 @pytest.mark.parametrize("name", ["n_layers", "block_size", "n_unknown_concepts"])
 def test_a_size_is_a_positive_whole_number(name, value):
     with pytest.raises(ValueError) as error:
-        Config.from_dict({**HUB, name: value})
+        config_from_dict({**HUB, name: value})
     assert str(error.value) == (
         f"{name} = {value!r} is not supported; supported: a positive whole number")
 
@@ -157,7 +158,7 @@ def test_a_size_is_a_positive_whole_number(name, value):
 @pytest.mark.parametrize("name", ["norm_eps", "clip_qkv", "mlp_ratio", "rope_base"])
 def test_a_real_is_a_positive_number(name, value):
     with pytest.raises(ValueError) as error:
-        Config.from_dict({**HUB, name: value})
+        config_from_dict({**HUB, name: value})
     assert str(error.value) == f"{name} = {value!r} is not supported; supported: a positive number"
 
 
@@ -165,7 +166,7 @@ def test_a_real_is_a_positive_number(name, value):
 @pytest.mark.parametrize("name", ["mask_token_id", "eos_token_id"])
 def test_a_token_id_lies_in_the_vocabulary(name, value):
     with pytest.raises(ValueError, match=f"{name} = .* a token id below vocab_size = 100281"):
-        Config.from_dict({**HUB, name: value})
+        config_from_dict({**HUB, name: value})
 
 
 @pytest.mark.parametrize("change, message", [
@@ -178,7 +179,7 @@ def test_a_token_id_lies_in_the_vocabulary(name, value):
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_numbers_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Config.from_dict({**HUB, **change})
+        config_from_dict({**HUB, **change})
 
 
 @pytest.mark.parametrize("name", ["n_layers", "n_head", "n_embd", "block_size", "diff_block_size",
@@ -188,7 +189,7 @@ def test_numbers_that_do_not_fit_together_are_refused(change, message):
 def test_what_must_not_be_guessed_is_named_when_missing(name, tmp_path):
     data = {key: value for key, value in HUB.items() if key != name}
     with pytest.raises(ValueError, match=f"config.json: the config lacks {name}$"):
-        Config.load(write(tmp_path, data))
+        read_config(write(tmp_path, data))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"concept": 3}', "[" * 100_000,
@@ -196,5 +197,5 @@ def test_what_must_not_be_guessed_is_named_when_missing(name, tmp_path):
                          ids=["empty", "cut", "list", "null", "concept", "deep", "long"])
 def test_a_file_that_holds_no_config_is_named(text, tmp_path):
     with pytest.raises(ValueError, match="config.json") as error:
-        Config.load(write(tmp_path, text))
+        read_config(write(tmp_path, text))
     assert "\n" not in str(error.value)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from steerling_min import course
-from steerling_min.course import EXERCISES, MODIFICATIONS, blank, find
+from steerling_min.course import __main__ as course
+from steerling_min.course.__main__ import EXERCISES, MODIFICATIONS, blank, find
 
 TESTS = Path(__file__).parent
 

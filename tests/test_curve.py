@@ -2,7 +2,7 @@
 
 import pytest
 
-from steerling_min.curve import COLUMNS, ROWS, save_png, text_curve
+from steerling_min.training.curve import COLUMNS, ROWS, save_png, text_curve
 
 HISTORY = [{"step": 100 * i, "token": 5.0 / i, "held out": 4.0 / i} for i in range(1, 31)]
 

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from steerling_min.data import (Stories, Stream, Texts, count_tokens, cut, pack, read_jsonl,
-                                read_text)
-from steerling_min.tokenizer import TINY_PATTERN
-from steerling_min.world import Chunk, recognise, split_sentences, write_story
+from steerling_min.files.tokenizer import TINY_PATTERN
+from steerling_min.training.data import (Stories, Stream, Texts, count_tokens, cut, pack,
+                                         read_jsonl, read_text)
+from steerling_min.training.world import Chunk, recognise, split_sentences, write_story
 
 STORIES = Stories(seed=1)
 TOKENIZER = STORIES.tokenizer

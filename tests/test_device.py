@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 import train_tiny
 from steerling_min import Steering, Steerling, Tokenizer, generate, log_likelihood, unmask
 from steerling_min.attribution import input_attribution, nearest, promoted
-from steerling_min.explain import explain
-from steerling_min.labels import Labels
-from steerling_min.quantize import quantize
+from steerling_min.views.explain import explain
+from steerling_min.files.labels import Labels
+from steerling_min.files.quantize import quantize
 
 CARD = torch.device("cuda", 0)
 WAITS = {"item", "tolist", "nonzero", "unique", "equal", "cpu", "__bool__", "__int__", "__float__",

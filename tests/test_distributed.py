@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from steerling_min.distributed import agreed, mean, total
+from steerling_min.training.distributed import agreed, mean, total
 
 
 def test_alone_they_are_the_plain_sum_and_mean():

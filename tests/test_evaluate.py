@@ -6,11 +6,12 @@ import random
 import pytest
 import torch
 
-from steerling_min import Config, Steerling, evaluate, load, world
-from steerling_min.data import Stories
-from steerling_min.evaluate import (MEASURES, auc, covariance, held_out_loss, new_chunks,
+from steerling_min import Config, Steerling, load
+from steerling_min.training import evaluate, world
+from steerling_min.training.data import Stories
+from steerling_min.training.evaluate import (MEASURES, auc, covariance, held_out_loss, new_chunks,
                                     print_table, topic_share)
-from steerling_min.tokenizer import RANK_FILE
+from steerling_min.files.tokenizer import RANK_FILE
 
 STORIES = Stories(0)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from steerling_min import load, unmask
-from steerling_min.explain import explain, print_explanation
-from steerling_min.labels import Label, Labels
+from steerling_min.views.explain import explain, print_explanation
+from steerling_min.files.labels import Label, Labels
 
 LABELS = Labels([Label(0, "sea"), Label(9, "afraid")], 24)
 

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from steerling_min import load
-from steerling_min.checkpoint import TINY
-from steerling_min.labels import Label, Labels, labels_beside, load_labels, write_labels
+from steerling_min.files.loading import TINY
+from steerling_min.files.labels import Label, Labels, labels_beside, load_labels, write_labels
 
 LABELS = Labels([Label(0, "sea", "about ships and storms", "topic"), Label(1, "storm", "", "topic"),
                  Label(2, "Deep Sea", "the sea floor", "topic"), Label(3, "happy", "", "mood"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import close
 
-from steerling_min.losses import (compose, express_loss, independence_loss, known_forcing,
+from steerling_min.training.losses import (compose, express_loss, independence_loss, known_forcing,
                                   lifted_tokens, log_absent, presence_loss, reconstruction_loss,
                                   respond_loss, unknown_forcing)
 

@@ -8,11 +8,12 @@ import torch
 from conftest import CONFIG
 
 from steerling_min import Steerling
-from steerling_min.data import Batch
-from steerling_min.losses import compose, independence_loss, presence_loss, reconstruction_loss
-from steerling_min.objective import (EXPRESS, INDEPENDENCE, INJECTED, PARTS, RECONSTRUCTION,
-                                     STRENGTHS, Draws, Objective, draw_injections,
-                                     labels_of_tokens)
+from steerling_min.training.data import Batch
+from steerling_min.training.losses import (compose, independence_loss, presence_loss,
+                                           reconstruction_loss)
+from steerling_min.training.objective import (EXPRESS, INDEPENDENCE, INJECTED, PARTS,
+                                              RECONSTRUCTION, STRENGTHS, Draws, Objective,
+                                              draw_injections, labels_of_tokens)
 from steerling_min.steering import Steerer, Steering
 
 T = 12

@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 from steerling_min import load, unmask
-from steerling_min.labels import Label, Labels
-from steerling_min.page import page
+from steerling_min.files.labels import Label, Labels
+from steerling_min.views.page import page
 
 PROMPT = 'The <script>alert("old")</script> & sailor'
 NEW = 16

@@ -5,8 +5,8 @@ import torch
 
 from steerling_min import Steerling, generate, load, log_likelihood
 from steerling_min.attribution import promoted
-from steerling_min.checkpoint import TINY
-from steerling_min.quantize import ROWS, Int8Embedding, Int8Linear, quantize, quantize_rows
+from steerling_min.files.loading import TINY
+from steerling_min.files.quantize import ROWS, Int8Embedding, Int8Linear, quantize, quantize_rows
 from steerling_min.steering import Steering
 
 SHAPE = (ROWS + 3, 5)  # more rows than are widened at a time

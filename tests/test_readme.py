@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from steerling_min.course import EXERCISES, MODIFICATIONS
-from steerling_min.evaluate import MEASURES
-from steerling_min.objective import PARTS
+from steerling_min.course.exercises import EXERCISES, MODIFICATIONS
+from steerling_min.training.evaluate import MEASURES
+from steerling_min.training.objective import PARTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 
 import sample
 from steerling_min import Config, Steerling, Tokenizer, load
-from steerling_min.checkpoint import TINY
+from steerling_min.files.loading import TINY
 from steerling_min.unmasking import Step
 
 FIGURES = (r"(\d+) tokens in (\d+) steps, [\d.]+ s: ([\d.]+) tok/s, ([\d.]+) GB/s of weights read, "

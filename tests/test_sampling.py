@@ -1,14 +1,15 @@
 """Choosing tokens: penalty, confidence, temperature, nucleus; and sharing out the steps."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerling_min.sampling import (choose, commits_per_step, entropy_temperature, most_confident,
-                                    nucleus, penalize_repetition, sample, sort_logits,
-                                    spread_steps, windows)
+from steerling_min.sampling import (Options, choose, commits_per_step, entropy_temperature,
+                                    most_confident, nucleus, penalize_repetition, sample,
+                                    sort_logits, spread_steps, windows)
 
 P = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])  # sorted: ids 1, 3, 4, 2, 0
 SORTED = P[[1, 3, 4, 2, 0]]
@@ -104,7 +105,7 @@ class Waits(TorchDispatchMode):
 def test_no_draw_waits_for_the_device():
     logits = torch.randn(20, 50, generator=rng())
     with Waits() as waits:
-        choose(logits, torch.arange(5), 20, None, torch.tensor([7]), 1.1, 1.0, 0.8, True, rng())
+        choose(logits, torch.arange(5), 20, torch.tensor([7]), Options(), rng())
     assert waits.count == 0, (
         "a Python number made from a tensor (an index, an if, .item()) makes a GPU idle at each "
         "token: keep it a tensor")
@@ -164,18 +165,18 @@ def test_a_threshold_takes_all_that_reach_it_and_one_at_least():
 
 def test_bans_and_penalty_come_before_confidence():
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
-    chosen, ids, confidence = choose(logits, torch.tensor([2]), 1, None, torch.tensor([0]), 1.0,
-                                     0.0, 0.8, False, rng())
+    greedy = Options(entropy_sampling=False, temperature=0.0, repetition_penalty=1.0)
+    chosen, ids, confidence = choose(logits, torch.tensor([2]), 1, torch.tensor([0]), greedy, rng())
     assert (chosen.tolist(), ids.tolist()) == ([1], [1]), (
         "position 0 was sure only of a banned token")
-    chosen, ids, _ = choose(logits, torch.tensor([0]), 1, None, torch.tensor([2]), 100.0,
-                            0.0, 0.8, False, rng())
+    chosen, ids, _ = choose(logits, torch.tensor([0]), 1, torch.tensor([2]),
+                            replace(greedy, repetition_penalty=100.0), rng())
     assert (chosen.tolist(), ids.tolist()) == ([1], [1]), "... or of one it repeats"
 
 
 def test_a_row_without_masks_commits_nothing():
-    chosen, ids, confidence = choose(torch.empty(0, 3), torch.tensor([0]), 2, None,
-                                     torch.tensor([0]), 1.0, 0.0, 0.8, False, rng())
+    chosen, ids, confidence = choose(torch.empty(0, 3), torch.tensor([0]), 2, torch.tensor([0]),
+                                     Options(), rng())
     assert len(chosen) == len(ids) == len(confidence) == 0
 
 

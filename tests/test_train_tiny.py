@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import train_tiny
 from steerling_min import Steerling, load
-from steerling_min.data import Stories
-from steerling_min.labels import LABELS
-from steerling_min.resume import STATE
+from steerling_min.training.data import Stories
+from steerling_min.files.labels import LABELS
+from steerling_min.training.resume import STATE
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"n_layers": 1, "n_embd": 32, "n_head": 2, "n_kv_heads": 1, "block_size": 64}
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_last_good_state(run, tmp_path, monkeypatch):
     def fails(tensors, path, metadata=None):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr("steerling_min.resume.save_file", fails)
+    monkeypatch.setattr("steerling_min.training.resume.save_file", fails)
     message = run("--steps", 10, "--resume", status=2)
     assert "No space left on device" in message and len(message.splitlines()) == 1
     assert (tmp_path / "out" / STATE).read_bytes() == before

@@ -1,7 +1,6 @@
 """The sampler: parity with the official one, and what holds for every text it writes."""
 
 import dataclasses
-import inspect
 import json
 import math
 from unittest import mock
@@ -12,8 +11,9 @@ from conftest import CONFIG, GOLDEN, close
 
 from steerling_min import Config, Steerling, generate, unmask, unmasking
 from steerling_min.iguide import KnownHead, UnknownHead
-from steerling_min.sampling import penalize_repetition
+from steerling_min.sampling import Options, penalize_repetition
 from steerling_min.steering import Injection, Steerer, Steering
+from steerling_min.unmasking import unmask_plainly
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 
@@ -55,8 +55,15 @@ def test_parity_of_the_defaults_with_the_official_package(model):
     run = RECORDED["entropy_seed42_default_rep1.1_steps6_p8"]
     tokens = generate(model, run["prompt"], 24, steps=6, seed=42)
     assert tokens[0].tolist() == run["tokens"], "top_p, the penalty and entropy sampling"
-    default = inspect.signature(unmask).parameters["temperature"].default
-    assert default == run["config"]["temperature"], "used without entropy sampling"
+    assert Options().temperature == run["config"]["temperature"], "used without entropy sampling"
+
+
+@pytest.mark.parametrize("prompt, new", [(PROMPT[0], 24), (PROMPT[1][:3], 21)])
+def test_the_plain_loop_writes_what_unmask_writes_with_everything_off(model, prompt, new):
+    plain = unmask_plainly(model, prompt, new)
+    full = generate(model, [prompt], new, entropy_sampling=False, temperature=0.0,
+                    repetition_penalty=1.0)
+    assert plain.tolist() == full.tolist(), "greedy, a token per step, no penalty: one algorithm"
 
 
 # ---- what enters the logits ----------------------------------------------------------------------

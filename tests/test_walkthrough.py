@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steerling_min.course import EXERCISES, MODIFICATIONS
+from steerling_min.course.exercises import EXERCISES, MODIFICATIONS
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "walkthrough.ipynb"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from steerling_min import load, unmask
-from steerling_min import watch as module
-from steerling_min.watch import FRAME, MASK, lines_of, watch, width
+from steerling_min.views import watch as module
+from steerling_min.views.watch import FRAME, MASK, lines_of, watch, width
 
 PLAIN = re.compile(r"\x1b\[[0-9;]*m")
 

@@ -12,8 +12,9 @@ from statistics import mean, stdev
 
 import pytest
 
-from steerling_min import grammar, world
-from steerling_min.world import CONCEPTS, fillers, hero_of, recognise, split_sentences, write_story
+from steerling_min.training import grammar, world
+from steerling_min.training.world import (CONCEPTS, fillers, hero_of, recognise, split_sentences,
+                                          write_story)
 
 
 @pytest.fixture(scope="module")

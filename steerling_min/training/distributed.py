@@ -38,10 +38,16 @@ def total(x: Tensor) -> Tensor:
     return Total.apply(x) if dist.is_initialized() else x
 
 
+def joined(loss: Tensor, count: int) -> Tensor:
+    """The mean over all processes of a loss that each has averaged over `count` things of its own.
+    """
+    n = loss.new_tensor(float(count))
+    return total(loss * n) / total(n).clamp(min=1)
+
+
 def mean(x: Tensor) -> Tensor:
     """The mean of x's elements over all processes, a scalar; 0 where none has any."""
-    count = total(x.new_tensor(float(x.numel())))
-    return total(x.sum()) / count.clamp(min=1)
+    return joined(x.sum() / max(1, x.numel()), x.numel())
 
 
 def agreed(x: float, device: torch.device) -> float:

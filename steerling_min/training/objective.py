@@ -11,13 +11,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..diffusion import token_loss
+from ..iguide import KnownHead, UnknownHead, top_concepts
+from ..model import Steerling
+from ..steering import alpha_of, amplify_layer, unit
 from .data import Batch
-from .diffusion import token_loss
-from .iguide import KnownHead, UnknownHead, top_concepts
-from .losses import (compose, express_loss, independence_loss, known_forcing, presence_loss,
-                     reconstruction_loss, respond_loss, unknown_forcing)
-from .model import Steerling
-from .steering import alpha_of, amplify_layer, unit
+from .distributed import joined
+from .losses import (
+    compose,
+    express_loss,
+    independence_loss,
+    known_forcing,
+    presence_loss,
+    reconstruction_loss,
+    respond_loss,
+    unknown_forcing,
+)
 
 # Weights of three losses; presence and respond have weight 1. With express at 0.1 the model learnt
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
@@ -96,8 +105,9 @@ class Objective(nn.Module):
             known_forcing(progress) if C > 0 and "forcing" not in without else 0.0,
             unknown_forcing(progress) if "prediction" in without else 0.0)
         token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
-        losses = {"token": token_loss(token_logits, batch.tokens, masked, t,
-                                      "1/t" if "mean" in without else "none"),
+        weighting = "1/t" if "mean" in without else "none"
+        losses = {"token": joined(token_loss(token_logits, batch.tokens, masked, t, weighting),
+                                  len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction":
                       RECONSTRUCTION * reconstruction_loss(detached, hidden, labelled),
                   "independence": INDEPENDENCE * independence_loss(known, detached)}

@@ -1,15 +1,12 @@
-"""Checkpoints: find the folder, check every tensor against the model, then read; save atomically.
+"""Checkpoints: check every tensor of a folder against the model, then read; save atomically.
 
 A folder holds config.json and either model.safetensors or shards with an index. Everything that
 can be wrong is looked for in the files' headers, before the first weight is read.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,33 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..model import Steerling
+from .config_json import config_to_dict, read_config
 from .quantize import quantize, quantize_rows
+from .writing import replacing
 
-TINY = Path(__file__).parent / "tiny"  # the bundled checkpoint
 INDEX = "model.safetensors.index.json"
 TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
-
-
-def find_checkpoint(name: str | Path | None) -> Path:
-    """The folder that `name` means: None the bundled model, a folder, or a cached hub id.
-
-    Raises FileNotFoundError; for a hub id that is not cached it gives the download command.
-    """
-    if name is None:
-        return TINY
-    if Path(name).is_dir():
-        return Path(name)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
-        raise FileNotFoundError(f"no checkpoint folder at {name}")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(base) / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    repo = cache / f"models--{str(name).replace('/', '--')}"
-    if not (repo / "refs" / "main").is_file():
-        raise FileNotFoundError(
-            f"{name} is neither a folder nor in the Hugging Face cache ({cache}); to download it: "
-            f"pip install -e \".[hub]\" && hf download {name}")
-    return repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
 
 
 def require_file(folder: Path, name: str) -> Path:
@@ -145,6 +122,15 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, i
             "bfloat16 takes half of float32, and --quantize int8 half of that")
 
 
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: bool) -> Steerling:
+    """The model in a checkpoint folder; see `Steerling.from_pretrained`."""
+    config = read_config(require_file(folder, "config.json"))
+    with torch.device("meta"):  # shapes only: nothing is allocated until it is read
+        model = Steerling(config)
+    load_weights(model, folder, device, dtype, int8)
+    return model.eval()
+
+
 def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
                  int8: bool = False) -> None:
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
@@ -184,18 +170,7 @@ def tie(model: nn.Module) -> None:
         setattr(lm_head, name, tensor)
 
 
-@contextmanager
-def replacing(file: Path) -> Iterator[Path]:
-    """Where to write `file`: a path that takes its place only when all of it has been written."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save(model: nn.Module, folder: Path) -> None:
+def save_model(model: Steerling, folder: Path) -> None:
     """Write model.safetensors and config.json; each appears whole or not at all."""
     if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
         raise ValueError("a quantized model is not saved: its weights are in the checkpoint that "
@@ -208,5 +183,5 @@ def save(model: nn.Module, folder: Path) -> None:
     with (replacing(folder / "config.json") as config,
           replacing(folder / "model.safetensors") as weights):
         save_file(state, weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+        config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
         shutil.copymode(config, weights)  # safetensors' files are the owner's alone

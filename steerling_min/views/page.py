@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from .attribution import input_attribution
+from ..attribution import input_attribution
+from ..files.labels import Labels
+from ..model import Steerling
+from ..steering import Steering
+from ..files.tokenizer import Tokenizer
+from ..unmasking import Step
 from .explain import explain
-from .labels import Labels
-from .model import Steerling
-from .steering import Steering
-from .tokenizer import Tokenizer
-from .unmasking import Step
 
 INPUTS = 5  # input tokens listed for each token
 

@@ -17,8 +17,8 @@ import re
 from statistics import fmean as mean
 from typing import NamedTuple
 
+from ..files.labels import Label
 from .grammar import FORMS, INTRO, MOODS, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
-from .labels import Label
 
 CHUNKS = (4, 5, 6, 7)  # chunks of a story, equally likely
 KEEP_TOPIC = 1 / 2     # a chunk keeps the topic of the one before; else any other, equally likely

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
-from .checkpoint import replacing
+from .writing import replacing
 
 RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
 SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order

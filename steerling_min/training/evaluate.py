@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..attribution import attribute
+from ..diffusion import corrupt, likelihood_bound, noise_levels
+from ..files.loading import load
+from ..model import Steerling
+from ..steering import Steering
+from ..files.tokenizer import Tokenizer
+from ..unmasking import generate
 from . import world
-from .attribution import attribute
 from .data import Batch, Stream, cut, endless_stories, pack
-from .diffusion import corrupt, likelihood_bound, noise_levels
 from .losses import log_absent
-from .model import Steerling, load
-from .steering import Steering
-from .tokenizer import Tokenizer
-from .unmasking import generate
 from .world import CONCEPTS, TOPICS, Story, hero_of, recognise, split_sentences
 
 HELD_OUT = "held out for the evaluation"

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..files.labels import Label
+from ..files.tokenizer import Tokenizer
 from . import world
-from .labels import Label
-from .tokenizer import Tokenizer
 from .world import Chunk
 
 VOCAB_SIZE = 1024  # at most; the stories' words make 829

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from .attribution import attribute_text
-from .labels import Labels
-from .model import Steerling
-from .steering import Steering
-from .tokenizer import Tokenizer
-from .unmasking import Step
+from ..attribution import attribute_text
+from ..files.labels import Labels
+from ..model import Steerling
+from ..steering import Steering
+from ..files.tokenizer import Tokenizer
+from ..unmasking import Step
 
 PARTS = ("known", "unknown", "epsilon")
 

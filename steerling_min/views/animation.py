@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+from ..files.labels import Labels
+from ..model import Steerling
+from ..steering import Steering
+from ..files.tokenizer import Tokenizer
+from ..unmasking import Step
 from .explain import explain
-from .labels import Labels
-from .model import Steerling
-from .steering import Steering
-from .tokenizer import Tokenizer
-from .unmasking import Step
 
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 24   # characters in a line; their size in pixels
 SECONDS, HOLD = 8.0, 4.0               # of writing; of showing what was written

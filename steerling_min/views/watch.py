@@ -8,8 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from .tokenizer import Tokenizer
-from .unmasking import Step
+from ..files.tokenizer import Tokenizer
+from ..unmasking import Step
 
 MASK = "\u2591"  # a light block for each token not yet written
 FRAME = 1 / 25   # seconds between two pictures, at least

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .checkpoint import read_header, replacing
-from .model import Steerling
+from ..files.checkpoint import read_header
+from ..files.writing import replacing
+from ..model import Steerling
 
 STATE = "training.safetensors"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter

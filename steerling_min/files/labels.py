@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .checkpoint import replacing
-from .config import require_concept
+from ..config import require_concept
+from .writing import replacing
 
 LABELS = "concept_labels"  # .csv or .parquet, beside a checkpoint
 COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name")

@@ -1,0 +1,53 @@
+"""Two ways to the hidden states of the masks: recompute everything, or keep what is final.
+
+The two agree up to rounding. A step of the sampler costs the plain way the whole sequence; the
+cached way pays for the blocks that are still being filled.
+"""
+
+from torch import Tensor
+
+from .attention import KVCache
+from .model import Steerling
+
+
+def plain_hidden(model: Steerling, tokens: Tensor, asked: Tensor,
+                 injections: dict[int, Tensor]) -> Tensor:
+    """Hidden states (M, D) at the M positions asked for (B, T): the plain way, everything always.
+    """
+    return model.transformer(tokens, injections)[asked]
+
+
+def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: dict[int, Tensor],
+                  cache: KVCache) -> Tensor:
+    """The same hidden states, equal up to rounding, with far less work: the fast way.
+
+    Attention is causal across blocks, so keys and values of the blocks before the first mask are
+    final, and come from the cache. (Injections go to masked positions: final blocks have none; for
+    guidance see asked_logits.) For the same reason the blocks after the last position asked for
+    cannot influence it, and are left out.
+
+    With S = 4, a prompt of 6, seven new tokens and the window [6, 10) filled in the order 8, 6, 9,
+    7:
+
+        asked               computed   cache.length before and after
+        6 7 8 9             0 to 11    0 -> 4    a block of the prompt is final
+        6 7   9             4 to 11    4 -> 4
+          7   9             4 to 11    4 -> 4
+          7                 4 to  7    4 -> 4    nothing is asked of block 8 to 11
+        10 11 12 (next)     4 to 12    4 -> 8    only now were 4 to 7 computed without masks
+
+    A pass starts from the length before. After it the length moves to the start of the block of the
+    first position asked for: all before that was computed in this very pass, or earlier, with the
+    tokens that stay there. (In the fourth row position 7 was still a mask in the pass.)
+
+    Args: asked (B, T), True at the positions asked for, all of them masks; no position before the
+    first may change any more.
+    """
+    S = model.config.diff_block_size
+    rows, positions = asked.nonzero(as_tuple=True)  # (M,) each
+    numbers = positions.tolist()
+    fresh = slice(cache.length, (max(numbers) // S + 1) * S)
+    injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
+    hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, computed, D)
+    cache.length = min(numbers) // S * S
+    return hidden[rows, positions - fresh.start]

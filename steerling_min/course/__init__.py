@@ -1,0 +1,1 @@
+"""Exercises and modifications, run by python -m steerling_min.course."""

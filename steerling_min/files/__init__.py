@@ -1,0 +1,1 @@
+"""What lies on disk: checkpoints, config.json, labels; loading and saving them."""

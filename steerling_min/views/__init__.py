@@ -1,0 +1,1 @@
+"""A written text shown: explained, animated, watched."""
