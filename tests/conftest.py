@@ -1,5 +1,6 @@
-"""What several test files share: a small config, and the official package's golden numbers."""
+"""What several test files share: small models, ways to write, the official package's numbers."""
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from steerling_min import Config, Steerling, Tokenizer
+from steerling_min.steering import Steering
 
 GOLDEN = Path(__file__).parent / "golden" / "tinyA"
+OFFICIAL = json.loads((Path(__file__).parent / "golden" / "state_dict_8b.json").read_text())
 
 CONFIG = Config(n_layers=1, n_head=4, n_kv_heads=2, n_embd=32, block_size=64, diff_block_size=4,
                 n_concepts=8, topk_known=2, topk_known_features=2, n_unknown_concepts=8,
@@ -18,6 +21,28 @@ CONFIG = Config(n_layers=1, n_head=4, n_kv_heads=2, n_embd=32, block_size=64, di
 
 TEXT = " ".join(map("".join, product("abcd", repeat=4)))  # aaaa aaab aaac ...: 256 words
 
+PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
+MODES = {  # ways to write: options of unmask
+    "entropy": {},
+    "greedy": {"entropy_sampling": False, "temperature": 0.0},
+    "temperature": {"entropy_sampling": False, "temperature": 1.0, "top_p": 0.95},
+    "few steps": {"steps": 5},
+    "threshold": {"confidence_threshold": 0.2},
+    "guidance": {"cfg_scale": 1.5},
+    "global": {"order": "global"},
+    "global, guided": {"order": "global", "cfg_scale": 0.5, "steps": 7},
+    "aligned": {"align": True},
+    "aligned, threshold": {"align": True, "confidence_threshold": 0.3},
+    "may end": {"allow_eos": True},
+    "stop": {"stop_tokens": [151, 172, 69]},
+    "amplified": {"steering": Steering.amplify((3, 5), 6.0, cutoff_tokens=9)},
+    "unlearned": {"steering": Steering.unlearn(3, (4,)), "steps": 9},
+    "amplified, guided": {"steering": Steering.amplify(3, cutoff_tokens=9) + Steering.amplify(7, 4),
+                          "cfg_scale": 1.5},
+    "edited": {"steering": Steering(known=((3, 2.0), (7, 0.0)), unknown=((5, 3.0),))},
+    "edited, epsilon kept": {"steering": Steering(known=((3, 2.0),), epsilon="keep")},
+}
+
 torch.set_num_threads(1)  # the tensors are tiny: more threads would only wait for each other
 
 
@@ -25,6 +50,11 @@ def close(actual: torch.Tensor, expected: torch.Tensor, lesson: str, atol: float
     """Assert that two tensors agree; a failure shows the numbers and what they mean."""
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0,
                                msg=lambda numbers: f"{numbers}\n{lesson}")
+
+
+def same_weights(a, b):
+    b = b.state_dict()
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
 
 
 @pytest.fixture(scope="session")

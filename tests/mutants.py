@@ -319,20 +319,23 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
 
 # Where a mutant of this file is looked for next; else in all tests but those in APART.
 AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for file, names in {
-    "animation": "sample", "attention": "block backbone model unmasking",
-    "attribution": "explain page", "backbone": "model device unmasking steering attribution",
-    "block": "backbone model", "checkpoint": "quantize model sample",
-    "cache": "device steering", "config": "model checkpoint tokenizer unmasking",
-    "config_json": "checkpoint model", "curve": "train_tiny",
+    "animation": "sample", "attention": "block backbone model cache unmasking",
+    "attribution": "explain page",
+    "backbone": "model device cache unmasking steering attribution",
+    "block": "backbone model", "checkpoint": "loading quantize model sample",
+    "cache": "unmasking device steering",
+    "config": "config_json model checkpoint tokenizer unmasking",
+    "config_json": "checkpoint loading model", "curve": "train_tiny",
     "data": "train_tiny evaluate", "diffusion": "objective evaluate sample",
     "distributed": "losses train_tiny", "evaluate": "train_tiny",
     "explain": "page animation sample", "iguide": "model steering attribution objective unmasking",
-    "labels": "explain animation sample", "losses": "objective train_tiny",
+    "labels": "explain animation sample", "loading": "checkpoint sample",
+    "losses": "objective train_tiny",
     "model": "checkpoint attribution unmasking sample", "norm": "block backbone model",
     "objective": "train_tiny", "page": "sample", "quantize": "checkpoint sample",
-    "resume": "train_tiny", "sampling": "unmasking",
-    "steering": "unmasking attribution objective sample", "tokenizer": "data checkpoint sample",
-    "unmasking": "device steering attribution evaluate sample",
+    "resume": "train_tiny", "sampling": "unmasking cache",
+    "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
+    "unmasking": "cache device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate"}.items()}
 # Not among "all": slow ones, and those that read the package's text, not what it does.
 APART = ("train_tiny", "unmasking", "page", "sample", "distributed", "evaluate", "course", "readme")

@@ -7,15 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import CONFIG, GOLDEN, close
+from conftest import CONFIG, GOLDEN, MODES, PROMPT, close
 
 from steerling_min import Config, Steerling, generate, unmask, unmasking
 from steerling_min.iguide import KnownHead, UnknownHead
 from steerling_min.sampling import Options, penalize_repetition
 from steerling_min.steering import Injection, Steerer, Steering
 from steerling_min.unmasking import unmask_plainly
-
-PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 
 # ---- parity --------------------------------------------------------------------------------------
 
@@ -132,75 +130,6 @@ def test_the_concept_heads_rest_unless_a_weight_is_edited(model, monkeypatch):
 
 # ---- what holds for every text -------------------------------------------------------------------
 
-MODES = {
-    "entropy": {},
-    "greedy": {"entropy_sampling": False, "temperature": 0.0},
-    "temperature": {"entropy_sampling": False, "temperature": 1.0, "top_p": 0.95},
-    "few steps": {"steps": 5},
-    "threshold": {"confidence_threshold": 0.2},
-    "guidance": {"cfg_scale": 1.5},
-    "global": {"order": "global"},
-    "global, guided": {"order": "global", "cfg_scale": 0.5, "steps": 7},
-    "aligned": {"align": True},
-    "aligned, threshold": {"align": True, "confidence_threshold": 0.3},
-    "may end": {"allow_eos": True},
-    "stop": {"stop_tokens": [151, 172, 69]},
-    "amplified": {"steering": Steering.amplify((3, 5), 6.0, cutoff_tokens=9)},
-    "unlearned": {"steering": Steering.unlearn(3, (4,)), "steps": 9},
-    "amplified, guided": {"steering": Steering.amplify(3, cutoff_tokens=9) + Steering.amplify(7, 4),
-                          "cfg_scale": 1.5},
-    "edited": {"steering": Steering(known=((3, 2.0), (7, 0.0)), unknown=((5, 3.0),))},
-    "edited, epsilon kept": {"steering": Steering(known=((3, 2.0),), epsilon="keep")},
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("L", [0, 5, 8])
-def test_the_cache_is_exact(model, mode, L):
-    """The same commits in the same order, whether or not the prompt ends on a block's edge."""
-    prompt = torch.tensor(PROMPT)[:, :L]
-    runs = [list(unmask(model, prompt, 27, seed=3, use_cache=use_cache, **MODES[mode]))
-            for use_cache in (True, False)]
-    assert len(runs[0]) == len(runs[1])
-    for i, (fast, plain) in enumerate(zip(*runs)):
-        for b in range(2):
-            assert torch.equal(fast.positions[b], plain.positions[b]), f"step {i}: other positions"
-            assert torch.equal(fast.ids[b], plain.ids[b]), f"step {i}: other tokens"
-            error = (fast.confidences[b] - plain.confidences[b]).abs()
-            assert (error <= 1e-5).all(), (
-                f"step {i}: other confidences. Was a key read before its block was computed "
-                "without masks, or a block not computed to its end?")
-        assert torch.equal(fast.tokens, plain.tokens), f"step {i}: other tokens after it"
-
-
-@pytest.mark.parametrize("L", [3, 8])
-@pytest.mark.parametrize("options, long_steps", [
-    ({}, 0), ({"cfg_scale": 1.5, "steering": Steering.unlearn(3)}, 0),
-    ({"cfg_scale": 1.5, "steering": Steering.amplify(3, cutoff_tokens=40)}, 1),
-], ids=["plain", "guided and injected", "until a cutoff"])
-def test_the_cached_way_gives_the_plain_logits_and_computes_few_blocks(model, L, options,
-                                                                       long_steps, monkeypatch):
-    computed, errors = [], []
-    inner, lm_head = unmasking.cached_hidden, model.transformer.lm_head
-
-    def both(model, tokens, asked, injections, cache):
-        plain = unmasking.plain_hidden(model, tokens, asked, injections)
-        hook = model.transformer.register_forward_pre_hook(
-            lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True)
-        fast = inner(model, tokens, asked, injections, cache)
-        hook.remove()
-        errors.append((lm_head(fast) - lm_head(plain)).abs().max().item())
-        return fast
-    monkeypatch.setattr(unmasking, "cached_hidden", both)
-    generate(model, torch.tensor(PROMPT)[:, :L], 60, seed=1, **options)
-    assert max(errors) <= 1e-5, f"step {errors.index(max(errors))} departs by {max(errors):.2e}"
-    S = model.config.diff_block_size
-    assert sum(t > 3 * S for t in computed) == long_steps, (
-        "a step's work does not grow with the length of the text, but for the one after an "
-        "injection's end under guidance")
-    assert sorted(computed)[len(computed) // 2] <= 2 * S, "a window overlaps two blocks at most"
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_of_a_batch_is_what_it_would_be_alone(model, mode):
     together = generate(model, PROMPT, 20, seed=11, **MODES[mode])
@@ -250,15 +179,6 @@ def test_a_window_is_counted_from_the_prompt_or_ends_with_its_block(model, align
     order = [step.positions[0].item()
              for step in unmask(model, [PROMPT[0][:5]], 24, seed=2, align=align)]
     assert sorted(order[: len(first)]) == list(first)
-
-
-def test_the_plain_way_recomputes_everything_at_every_step(model):
-    lengths = []
-    hook = model.transformer.register_forward_pre_hook(
-        lambda module, args: lengths.append(args[0].shape[1]))
-    generate(model, PROMPT, 20, steps=6, seed=0, use_cache=False)
-    hook.remove()
-    assert lengths == [28] * 6
 
 
 def test_global_order_knows_no_windows(model):

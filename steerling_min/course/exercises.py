@@ -74,9 +74,9 @@ EXERCISES = {e.name: e for e in [
              "tests/test_sampling.py"),
     Exercise("cache", "cache.py cached_hidden", 3, 45,
              "KVCache in attention.py, from_embeddings in backbone.py",
-             "tests/test_unmasking.py -k 'cache'"),
+             "tests/test_cache.py"),
     Exercise("sampler", "unmasking.py unmask", 3, 90, "unmask_plainly, asked_logits, sampling.py",
-             "tests/test_unmasking.py"),
+             "tests/test_unmasking.py tests/test_cache.py"),
     # concepts at work
     Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection", "tests/test_steering.py"),
     Exercise("injection", "steering.py Steerer.vectors", 2, 20, "Injection, Steerer.__init__",
@@ -116,7 +116,8 @@ MODIFICATIONS = {m.name: m for m in [
         "can information still travel? Does the hero keep the name?",
         "attention.py, block_causal_mask",
         ("test_attention.py::test_a_block_of_one_is_causal_and_a_block_of_all_is_bidirectional",),
-        True, "test_unmasking.py but for parity: the cache stays exact. Could it be shorter now?"),
+        True, "test_unmasking.py but for parity; test_cache.py: the cache stays exact. Could it be "
+        "shorter now?"),
     Modification(
         "one-level", "Draw one noise level for a whole sequence, as masked diffusion without "
         "blocks does. Which of the model's uses does that train for worse?",
@@ -171,7 +172,8 @@ MODIFICATIONS = {m.name: m for m in [
          "test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it",
          "test_unmasking.py::test_eos_is_banned_in_windows_unless_allowed",
          "test_unmasking.py::test_in_global_order_eos_ends_after_its_step_and_fills_nothing"), True,
-        "test_the_cache_is_exact, test_a_row_of_a_batch_is_what_it_would_be_alone"),
+        "test_cache.py::test_the_cache_is_exact, "
+        "test_unmasking.py::test_a_row_of_a_batch_is_what_it_would_be_alone"),
     Modification(
         "min-p", "Keep the tokens that are at least (1 - top_p) times as probable as the best, in "
         "place of the nucleus.", "sampling.py, nucleus",
