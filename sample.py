@@ -11,20 +11,21 @@
 import argparse
 import json
 import math
-import os
 import random
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
 from steerling_min.attribution import promoted
-from steerling_min.files.cli import Parser, out_of_memory
+from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.labels import Labels, labels_beside, load_labels
 from steerling_min.files.loading import find_checkpoint
 from steerling_min.files.writing import replacing
+from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.views.page import page
@@ -34,56 +35,69 @@ NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or sho
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
 
-def parse_args() -> argparse.Namespace:
+def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--prompt", metavar="TEXT", help="what to continue; else standard input is read")
-    p.add_argument("--model", metavar="FOLDER", help="checkpoint folder, or a hub id that has been "
-                   "downloaded (default: the bundled tiny model)")
-    p.add_argument("--max-new-tokens", type=int, metavar="N",
-                   help="tokens to write (default: 128, or what the context has room for)")
-    p.add_argument("--steps", type=int, metavar="N",
-                   help="denoising steps in all (default: one per token)")
-    p.add_argument("--threshold", type=float, metavar="P",
-                   help="instead of --steps: commit all positions at least this confident, 0 to 1")
-    p.add_argument("--temperature", type=float, metavar="X", help="fixed temperature, 0 = greedy; "
-                   "switches off entropy sampling, in which each token's entropy sets it")
-    p.add_argument("--top-p", type=float, default=0.8, metavar="P",
-                   help="nucleus of every draw (default: 0.8)")
-    p.add_argument("--order", choices=["window", "global"], default="window",
-                   help="fill window by window, or the surest position of all (default: window)")
-    p.add_argument("--no-align", action="store_true",
-                   help="count windows from the prompt's end, not by attention blocks")
-    p.add_argument("--num-samples", type=int, default=1, metavar="N",
-                   help="texts to write; the second is what --seed SEED+1 alone would give")
-    p.add_argument("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
-                   help="by name or number, several times; above 0: bring it out, so many logits "
-                   "strong (8 is usual); below 0: keep it out (-7). A group, by its name or as "
-                   "A+B, is steered along the sum of its directions")
-    p.add_argument("--suppression", type=float, default=20.0, metavar="X", help="how much --steer "
-                   "below 0 also lowers the tokens that the concept, of a group the first one, "
-                   "promotes (default: 20, made for the 8B; with the tiny model use 0)")
-    p.add_argument("--watch", action="store_true", help="see the text being unmasked")
-    p.add_argument("--explain", action="store_true", help="what each token is due to")
-    p.add_argument("--json", action="store_true", help="text and explanation as one JSON object")
-    p.add_argument("--html", type=Path, metavar="FILE", help="write a page to explore the (first) "
-                   "text in: each token's concepts, inputs and step (tracing inputs takes a while)")
-    p.add_argument("--svg", type=Path, metavar="FILE", help="write an animation of the (first) "
-                   "text's unmasking")
-    p.add_argument("--find", metavar="WORDS", help="write nothing; search the concepts")
-    p.add_argument("--score", action="append", metavar="TEXT", help="write nothing; the "
-                   "log-likelihood of TEXT after the prompt, in nats; several times to compare")
-    p.add_argument("--chat", action="store_true",
-                   help="the prompt is a message to an instruct model")
-    p.add_argument("--labels", type=Path, metavar="FILE", help="names of the concepts, .csv or "
-                   ".parquet (default: concept_labels beside the checkpoint)")
-    p.add_argument("--seed", type=int, help="of the draws (default: a random one, printed)")
-    p.add_argument("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name")
-    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                   help="of the weights (default: bfloat16 on cuda, else float32)")
-    p.add_argument("--quantize", choices=["int8"],
-                   help="keep each weight in one byte: the 8B on a GPU of 16 GB")
-    p.add_argument("--compile", action="store_true", help="torch.compile the backbone: slow to "
-                   "start (minutes), faster after that")
+
+    add = p.add_argument_group("writing").add_argument
+    add("--prompt", metavar="TEXT", help="what to continue; else standard input is read")
+    add("--chat", action="store_true", help="the prompt is a message to an instruct model")
+    add("--max-new-tokens", type=int, metavar="N",
+        help="tokens to write (default: 128, or what the context has room for)")
+    add("--num-samples", type=int, default=1, metavar="N",
+        help="texts to write; the second is what --seed SEED+1 alone would give")
+    add("--seed", type=int, help="of the draws (default: a random one, printed)")
+    add("--steps", type=int, metavar="N", help="denoising steps in all (default: one per token)")
+    add("--threshold", type=float, metavar="P",
+        help="instead of --steps: commit all positions at least this confident, 0 to 1")
+    add("--temperature", type=float, metavar="X", help="fixed temperature, 0 = greedy; switches "
+        "off entropy sampling, in which each token's entropy sets it")
+    add("--top-p", type=float, default=0.8, metavar="P",
+        help="nucleus of every draw (default: 0.8)")
+    add("--order", choices=["window", "global"], default="window",
+        help="fill window by window, or the surest position of all (default: window)")
+    add("--no-align", action="store_true",
+        help="count windows from the prompt's end, not by attention blocks")
+
+    add = p.add_argument_group("concepts").add_argument
+    add("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
+        help="by name or number, several times; above 0: bring it out, so many logits strong (8 is "
+        "usual); below 0: keep it out (-7). A group, by its name or as A+B, is steered along the "
+        "sum of its directions")
+    add("--suppression", type=float, default=20.0, metavar="X", help="how much --steer below 0 "
+        "also lowers the tokens that the concept, of a group the first one, promotes (default: 20, "
+        "made for the 8B; with the tiny model use 0)")
+    add("--explain", action="store_true", help="what each token is due to")
+    add("--find", metavar="WORDS", help="write nothing; search the concepts")
+    add("--labels", type=Path, metavar="FILE", help="names of the concepts, .csv or .parquet "
+        "(default: concept_labels beside the checkpoint)")
+
+    add = p.add_argument_group("output").add_argument
+    add("--watch", action="store_true", help="see the text being unmasked")
+    add("--json", action="store_true", help="text and explanation as one JSON object")
+    add("--html", type=Path, metavar="FILE", help="write a page to explore the (first) text in: "
+        "each token's concepts, inputs and step (tracing inputs takes a while)")
+    add("--svg", type=Path, metavar="FILE",
+        help="write an animation of the (first) text's unmasking")
+    add("--score", action="append", metavar="TEXT", help="write nothing; the log-likelihood of "
+        "TEXT after the prompt, in nats; several times to compare")
+
+    add = p.add_argument_group("model").add_argument
+    add("--model", metavar="FOLDER", help="checkpoint folder, or a hub id that has been downloaded "
+        "(default: the bundled tiny model)")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: bfloat16 on cuda, else float32)")
+    add("--quantize", choices=["int8"],
+        help="keep each weight in one byte: the 8B on a GPU of 16 GB")
+    add("--compile", action="store_true", help="torch.compile the backbone: slow to start "
+        "(minutes), faster after that")
+    return p
+
+
+def parse_args() -> argparse.Namespace:
+    """The arguments, checked as far as that needs no model; the prompt read where it is piped in.
+    """
+    p = parser()
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
@@ -114,6 +128,15 @@ def parse_args() -> argparse.Namespace:
     if args.seed is None:
         args.seed = random.randrange(2**31)
     return args
+
+
+def labels_for(args: argparse.Namespace, model: Steerling) -> Labels:
+    """The concepts' names; none for a plain text, which needs none, nor what reading them takes."""
+    if args.labels:
+        return load_labels(args.labels, model.config.n_concepts)
+    if args.find is not None or any(getattr(args, flag) for flag in NAMING):
+        return labels_beside(find_checkpoint(args.model), model.config.n_concepts)
+    return Labels([], model.config.n_concepts)
 
 
 def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steering | None:
@@ -187,10 +210,9 @@ def peak_memory(device: torch.device) -> str:
 def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[int],
           args: argparse.Namespace) -> None:
     """Generate, then print each text and one closing line of figures, or all of it as JSON."""
-    device = model.device
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(128, model.config.block_size - len(prompt))
     new = args.max_new_tokens
-    if new is None:
-        new = min(128, model.config.block_size - len(prompt))
     steering = steering_of(args.steer, labels, args.suppression)
     if args.compile:
         model.transformer.compile(dynamic=True)  # the window's and the cache's lengths vary
@@ -200,47 +222,19 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                  entropy_sampling=args.temperature is None, confidence_threshold=args.threshold,
                  order=args.order, align=args.order == "window" and not args.no_align,
                  seed=args.seed, steering=steering)
-    explaining = args.explain or args.json or args.html or args.svg
-    steps, n_steps, written = [], 0, 0  # without anything to explain, the last step is enough
-    try:
-        for step in watch(run, tokenizer, prompt, new) if args.watch else run:
-            if not explaining:
-                steps.clear()
-            steps.append(step)
-            n_steps += 1
-            written += sum(map(len, step.ids))
-    except KeyboardInterrupt:
-        for row in steps[-1].tokens.tolist() if steps else []:  # --json promises JSON or nothing
-            print("\n" + text_of(tokenizer, row, []), file=sys.stderr if args.json else sys.stdout)
-        raise
-    if device.type == "cuda":
+    steps, counts = follow(watch(run, tokenizer, prompt, new) if args.watch else run, tokenizer,
+                           args)
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
-    seconds, last = time.perf_counter() - began, steps[-1]
+    seconds = time.perf_counter() - began
 
-    cut_at = [tokenizer.eos_token_id] + [tokenizer.mask_token_id] * (args.order == "global")
-    explained = []
-    if args.explain or args.json:
-        explained = [explain(model, tokenizer, labels, steps, row, steering)
-                     for row in range(args.num_samples)]
-    texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
+    explained = [explain(model, tokenizer, labels, steps, row, steering)
+                 for row in range(args.num_samples) if args.explain or args.json]
     if args.json:
-        samples = [{"text": text, "unwritten": unwritten, **about} for text, unwritten, about
-                   in zip(texts, last.unwritten.tolist(), explained)]
-        print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
-                          "samples": samples}, ensure_ascii=False))
+        print_json(tokenizer, steps[-1], explained, args)
     else:
-        for row, (text, unwritten) in enumerate(zip(texts, last.unwritten.tolist())):
-            print(text)
-            print("---")
-            if unwritten:
-                print(f"ended early: {unwritten} of {new} positions were left unwritten")
-            if args.explain:
-                print_explanation(explained[row])
-        backbone = model.transformer
-        read = n_steps * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
-        print(f"{written} tokens in {n_steps} steps, {seconds:.2f} s: "
-              f"{written / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
-              f"{peak_memory(device)}")
+        print_texts(tokenizer, steps[-1], explained, args)
+        print(figures(model, counts, seconds))
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # last: a disk may be full
@@ -250,20 +244,71 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
                                         steering=steering), encoding="utf-8")
 
 
-def main() -> None:
-    args = parse_args()
-    if sys.stdout is not None:  # a terminal that lacks a character gets "?" instead of no text
-        sys.stdout.reconfigure(errors="replace")
+def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace
+           ) -> tuple[list[Step], list[int]]:
+    """A run's steps, and how many tokens each wrote. An interrupted one prints its text so far.
+
+    Without anything to explain only the last step is kept: the others may be gigabytes.
+    """
+    steps, counts = [], []
     try:
+        for step in run:
+            if not (args.explain or args.json or args.html or args.svg):
+                steps.clear()
+            steps.append(step)
+            counts.append(sum(map(len, step.ids)))
+    except KeyboardInterrupt:
+        for row in steps[-1].tokens.tolist() if steps else []:  # --json promises JSON or nothing
+            print("\n" + text_of(tokenizer, row, []), file=sys.stderr if args.json else sys.stdout)
+        raise
+    return steps, counts
+
+
+def texts_of(tokenizer: Tokenizer, last: Step, args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Each text of a batch, and how many of its positions were left unwritten."""
+    cut_at = [tokenizer.eos_token_id] + [tokenizer.mask_token_id] * (args.order == "global")
+    texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
+    return list(zip(texts, last.unwritten.tolist()))
+
+
+def print_json(tokenizer: Tokenizer, last: Step, explained: list[dict],
+               args: argparse.Namespace) -> None:
+    samples = [{"text": text, "unwritten": unwritten, **about}
+               for (text, unwritten), about in zip(texts_of(tokenizer, last, args), explained)]
+    print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
+                      "samples": samples}, ensure_ascii=False))
+
+
+def print_texts(tokenizer: Tokenizer, last: Step, explained: list[dict],
+                args: argparse.Namespace) -> None:
+    for row, (text, unwritten) in enumerate(texts_of(tokenizer, last, args)):
+        print(text)
+        print("---")
+        if unwritten:
+            print(f"ended early: {unwritten} of {args.max_new_tokens} positions were left "
+                  "unwritten")
+        if explained:
+            print_explanation(explained[row])
+
+
+def figures(model: Steerling, counts: list[int], seconds: float) -> str:
+    """One line: tokens, steps, seconds, speed, memory. counts: the tokens that each step wrote."""
+    backbone = model.transformer
+    read = len(counts) * sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()])
+    return (f"{sum(counts)} tokens in {len(counts)} steps, {seconds:.2f} s: "
+            f"{sum(counts) / seconds:.1f} tok/s, {read / seconds / 1e9:.1f} GB/s of weights read, "
+            f"{peak_memory(model.device)}")
+
+
+def main() -> None:
+    with one_line_errors("sample.py", "a shorter --max-new-tokens, fewer --num-samples or --dtype "
+                         "bfloat16 need less"):
+        args = parse_args()
+        if sys.stdout is not None:  # a terminal that lacks a character gets "?" instead of no text
+            sys.stdout.reconfigure(errors="replace")
         dtype = getattr(torch, args.dtype) if args.dtype else None
         model, tokenizer = load(args.model, args.device, dtype, args.quantize == "int8")
-        n_concepts = model.config.n_concepts
-        if args.labels:
-            labels = load_labels(args.labels, n_concepts)
-        elif args.find is not None or any(getattr(args, flag) for flag in NAMING):
-            labels = labels_beside(find_checkpoint(args.model), n_concepts)
-        else:  # a plain text needs no names, nor what reading them may take
-            labels = Labels([], n_concepts)
+        labels = labels_for(args, model)
         if args.find is not None:
             find(model, tokenizer, labels, args.find)
             return
@@ -282,20 +327,6 @@ def main() -> None:
                  else f"temperature {args.temperature:g}"),
               file=sys.stderr if args.json else sys.stdout)
         write(model, tokenizer, labels, prompt, args)
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush to
-        sys.exit(141)  # as a process that SIGPIPE ends
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print("sample.py: not enough memory; a shorter --max-new-tokens, fewer --num-samples or "
-              "--dtype bfloat16 need less", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

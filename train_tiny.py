@@ -29,12 +29,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from steerling_min import Config, Steerling
-from steerling_min.diffusion import corrupt, noise_levels
-from steerling_min.files.cli import Parser, out_of_memory
+from steerling_min.diffusion import corrupt, noise_levels, token_loss
+from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.config_json import config_to_dict
 from steerling_min.files.labels import write_labels
 from steerling_min.files.loading import pick_device
@@ -64,6 +63,32 @@ SIZES = {  # what differs from Config.tiny()
     "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
               "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 823 M
 }
+
+
+def plain_step(model: Steerling, optimizer: torch.optim.Optimizer, tokens: Tensor,
+               generator: torch.Generator | None = None) -> Tensor:
+    """What training is, and nothing else: hide tokens (B, T), predict them. Returns the loss."""
+    t = noise_levels(*tokens.shape, model.config.diff_block_size, generator)     # (B, T)
+    noisy, masked = corrupt(tokens, t, model.config.mask_token_id, generator)    # (B, T) each
+    loss = token_loss(model(noisy).logits[masked], tokens, masked, t)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def take_step(objective: Objective, optimizer: torch.optim.Optimizer, draws: Draws,
+              progress: float, lr: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same with everything that the concept layer learns from; returns the losses by name."""
+    with torch.autocast(draws.noisy.device.type, dtype, enabled=dtype != torch.float32):
+        losses = objective(draws, progress)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return losses
 
 
 def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
@@ -146,14 +171,8 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
 
     while (progress := max(step / args.steps, agreed(elapsed, device) / (60 * args.minutes))) < 1:
         draws = draw_step(corpus, config, step, progress, args).to(device)
-        with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
-            losses = objective(draws, progress)
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, progress, args.lr)
-        optimizer.step()
+        losses = take_step(objective, optimizer, draws, progress,
+                           learning_rate(step, progress, args.lr), args.dtype)
 
         step, now = step + 1, time.monotonic()
         elapsed = before + now - started
@@ -182,7 +201,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     return history
 
 
-def main() -> None:
+def parse_args() -> Namespace:
     p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
@@ -215,21 +234,18 @@ def main() -> None:
     args.steps = args.steps or (STEPS if args.minutes is None else math.inf)
     args.minutes = args.minutes or math.inf
     args.dtype = getattr(torch, args.dtype)
-    try:
+    return args
+
+
+def main() -> None:
+    with one_line_errors("train_tiny.py", "a smaller --batch or --size needs less; what was saved "
+                         "before is intact"):
+        args = parse_args()
         if args.evaluate is not None:
             folders = {name: name for name in args.evaluate} or {"bundled": None}
             print_table({name: evaluate(folder, args.device) for name, folder in folders.items()})
         else:
             run(args)
-    except (ValueError, OSError, SafetensorError) as error:
-        p.error(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        p.error("not enough memory: a smaller --batch or --size needs less; what was saved before "
-                "is intact")
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def run(args: Namespace) -> None:

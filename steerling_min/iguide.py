@@ -2,14 +2,15 @@
 
     hidden = known + unknown + epsilon
 
-`known` is a weighted sum of a few named concepts' embeddings, `unknown` the same over concepts
-without a name, and `epsilon` is *defined* as whatever the two leave over. The logit of token v is
-the dot product of this sum with v's embedding, so it splits into a contribution of each concept,
-weight * (embedding . tok_emb[v]), and one of epsilon.
+`known` is a weighted sum of the embeddings of a few concepts that were named in training. `unknown`
+is the same over concepts that the model found by itself; Guide Labs now calls them *discovered*,
+and code and checkpoints keep `unknown`. `epsilon` is *defined* as what the two leave unexplained.
+The logit of token v is the dot product of this sum with v's embedding. So it splits into a
+contribution of each concept, weight * (embedding . tok_emb[v]), and one of epsilon.
 
 With epsilon present the sum *is* the hidden state (to rounding): plain generation does not depend
-on the concept heads at all; they explain it. They decide as soon as a concept's weight is edited:
-epsilon is then left out, or it would carry most of what the edit took away.
+on the concept heads at all; they explain it. The heads determine the logits as soon as a concept's
+weight is edited: epsilon is then left out. (Computed anew it would undo the edit.)
 """
 
 from dataclasses import dataclass

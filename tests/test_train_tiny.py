@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import close
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -97,6 +99,30 @@ def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
     where = drawn.injected >= 0
     assert where.any() and not (where & ~drawn.masked).any()
     assert draws(1.0, ["steering"]).injected is None
+
+
+# ---- a step --------------------------------------------------------------------------------------
+
+def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
+    args = train_tiny.Namespace(seed=0, batch=2, without=[
+        "dropout", "forcing", "presence", "reconstruction", "independence", "steering"])
+    losses, moved = [], []
+    for plain in (True, False):
+        model = train_tiny.make_model("tiny", STORIES, 0)
+        before = model.transformer.tok_emb.weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        drawn = train_tiny.draw_step(STORIES, model.config, 3, 0.9, args)
+        if plain:  # the noise that the trainer draws for step 3
+            noise = torch.Generator().manual_seed(random.Random("noise 0 3").getrandbits(63))
+            losses.append(train_tiny.plain_step(model, optimizer, drawn.batch.tokens, noise))
+        else:
+            found = train_tiny.take_step(train_tiny.Objective(model, args.without, None), optimizer,
+                                         drawn, 0.9, 0.01, torch.float32)
+            assert found.keys() == {"token"}
+            losses.append(found["token"])
+        moved.append((model.transformer.tok_emb.weight.detach() - before).flatten())
+    close(losses[0], losses[1], "one loss: cross-entropy at the masked positions")
+    assert torch.cosine_similarity(*moved, dim=0) > 0.9999, "one direction (one is clipped)"
 
 
 # ---- runs ----------------------------------------------------------------------------------------

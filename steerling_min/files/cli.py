@@ -1,6 +1,12 @@
-"""What the scripts share: what a user can put right gets one line, not a page."""
+"""What the commands share: what a user can put right gets one line, not a page of traceback."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
 
 
 class Parser(argparse.ArgumentParser):
@@ -10,7 +16,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: torch's allocators have no type in common."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "allocate" in str(error))
+@contextmanager
+def one_line_errors(prog: str, memory: str) -> Iterator[None]:
+    """End the program with one line and status 2 for what the user can put right.
+
+    These are wrong values, files and missing extras, and memory that ran out: `memory` says what
+    needs less of it. A bug keeps its traceback. Ctrl-C ends with status 130, and a reader that has
+    had enough (`| head`) with 141, as a process that SIGPIPE ends.
+    """
+    def end(message):
+        print(f"{prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush to
+        sys.exit(141)
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        end(error)
+    except (MemoryError, RuntimeError) as error:  # torch's allocators have no type in common
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
+            raise
+        end(f"not enough memory: {memory}")
