@@ -136,7 +136,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     if args.compile:
         model.transformer.compile()
     counted, _ = corpus.windows("counted", 200, config.block_size)
-    lifted = lifted_tokens(count_tokens(counted, config.vocab_size)).to(device)
+    lifted = lifted_tokens(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
     objective = Objective(model, args.without, lifted)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)

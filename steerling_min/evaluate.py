@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from . import world
 from .attribution import attribute
-from .data import Batch, Stream, cut, endless_stories, pack
+from .data import Batch, Stream, cut, endless_stories, has_concepts, pack
 from .diffusion import corrupt, likelihood_bound, noise_levels
 from .losses import log_absent
 from .model import Steerling, load
@@ -70,7 +70,7 @@ def share(verdicts: list[bool]) -> float:
 
 
 def tokens_of(story: Story, tokenizer: Tokenizer) -> list[int]:
-    return pack([story.chunks], tokenizer, len(CONCEPTS)).tokens.tolist()
+    return pack([story.chunks], tokenizer).tokens.tolist()
 
 
 def write(model: Steerling, tokenizer: Tokenizer, prompt: list[int], n: int, seed: int,
@@ -176,7 +176,8 @@ def concepts(model: Steerling, stream: Stream, n: int) -> dict[str, float]:
             out = model(noisy.to(model.device))
             if name in ("clean", "0.5"):
                 logits = model.known_head.logits(out.hidden).cpu()
-                add("p " + name, -log_absent(logits, batch.chunks, len(batch.labels)), batch.labels)
+                add("p " + name, -log_absent(logits, batch.chunks, len(batch.labels)),
+                    has_concepts(batch.labels, C))
             if name == "clean":
                 continue
             y = batch.tokens[masked].to(model.device)
@@ -264,8 +265,7 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
     if model.config.n_concepts != len(CONCEPTS):
         raise ValueError(f"{folder} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
-    stream = pack(endless_stories(HELD_OUT), tokenizer, len(CONCEPTS),
-                  64 * model.config.block_size)
+    stream = pack(endless_stories(HELD_OUT), tokenizer, enough=64 * model.config.block_size)
     return {**language(model, tokenizer, 100), **likelihood(model, tokenizer, 100),
             **concepts(model, stream, 64), **steering(model, tokenizer, 8)}
 
