@@ -95,9 +95,10 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     """Random weights, in a configuration that fits the corpus."""
     torch.manual_seed(seed)
     C = len(corpus.labels) or 1
-    model = Steerling(dataclasses.replace(
-        Config.tiny(corpus.tokenizer.vocab_size), n_concepts=C, topk_known=min(6, C),
-        topk_known_features=min(6, C), **SIZES[size]))
+    tiny = Config.tiny(corpus.tokenizer.vocab_size)
+    k = min(tiny.topk_known, C)
+    model = Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k, topk_known_features=k,
+                                          **SIZES[size]))
     # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
     # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
     # The known concepts' embeddings are to matter beside them (1,000 steps: 2.6, not 2.8).
@@ -161,7 +162,7 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     if args.compile:
         model.transformer.compile()
     counted, _ = corpus.windows("counted", 200, config.block_size)
-    lifted = lifted_tokens(count_tokens(counted, config.vocab_size)).to(device)
+    lifted = lifted_tokens(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
     objective = Objective(model, args.without, lifted)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)

@@ -304,7 +304,7 @@ def bench_int8(size: str, device: str, dtype: torch.dtype) -> None:
     """What int8 weights change: the logits, and the most likely token, at 64 masks."""
     if size == "tiny":
         model, tokenizer = load(device=device, dtype=dtype)
-        stream = pack(endless_stories("int8"), tokenizer, model.config.n_concepts, 32 * 96)
+        stream = pack(endless_stories("int8"), tokenizer, enough=32 * 96)
         tokens = cut(stream, 96 * torch.arange(32), 96).tokens.to(device)
         tokens[:, 64:] = model.config.mask_token_id
         what = "the bundled tiny model, the last third of 32 windows of 96 tokens masked"

@@ -224,7 +224,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("loss: compares with the noisy tokens", "(token_logits, batch.tokens,",
          "(token_logits, noisy,"),
         ("special tokens have the last chunk's labels",
-         "torch.cat([batch.labels, none])[batch.chunks]", "batch.labels[batch.chunks]"),
+         "torch.cat([sums, sums.new_zeros(1, sums.shape[1])])[batch.chunks]",
+         "sums[batch.chunks]"),
         ("the last concept is injected where none is", "per_logit[injected] * (injected >= 0)",
          "per_logit[injected]"),
         ("alpha is not detached", ".weight).detach()", ".weight)"),
@@ -235,7 +236,7 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "reconstruction_loss(detached, hidden, known)"),
         ("the head's own losses reach the backbone", "hidden.detach())", "hidden)"),
         ("without epsilon the unknown side is detached, too",
-         "features(model.unknown_head, hidden[dropped])", "detached[dropped]"),
+         "unknown_features(model.unknown_head, hidden[dropped])", "detached[dropped]"),
     ],
     "losses.py": [
         ("reconstruction: the target is not detached", "(hidden - labelled).detach()",

@@ -3,13 +3,14 @@
 import json
 import random
 import re
+import resource
 
 import pytest
 import torch
 
 from steerling_min.files.tokenizer import TINY_PATTERN
-from steerling_min.training.data import (Stories, Stream, Texts, count_tokens, cut, pack,
-                                         read_jsonl, read_text)
+from steerling_min.training.data import (Stories, Stream, Texts, count_tokens, cut, has_concepts,
+                                         pack, read_jsonl, read_text)
 from steerling_min.training.world import Chunk, recognise, split_sentences, write_story
 
 STORIES = Stories(seed=1)
@@ -18,14 +19,16 @@ DOCUMENTS = [[Chunk("The old sailor", (2,)), Chunk("a tear", (0, 1))], [Chunk("t
 
 
 def test_a_document_is_its_chunks_between_the_special_tokens():
-    stream = pack(DOCUMENTS, TOKENIZER, 3)
+    stream = pack(DOCUMENTS, TOKENIZER)
     assert TOKENIZER.decode(stream.tokens.tolist(), specials=True) == (
         "<|bos|>The old sailor<|endofchunk|>a tear<|endoftext|><|bos|>the dog<|endoftext|>")
 
 
 def test_labels_belong_to_chunks_and_special_tokens_to_none():
-    stream = pack(DOCUMENTS, TOKENIZER, 3)
-    assert stream.labels.tolist() == [[False, False, True], [True, True, False], [False] * 3]
+    stream = pack(DOCUMENTS, TOKENIZER)
+    assert stream.labels.tolist() == [[2, -1], [0, 1], [-1, -1]], "ids, filled up with -1"
+    assert has_concepts(stream.labels, 3).tolist() == [
+        [False, False, True], [True, True, False], [False] * 3]
     for token, chunk in zip(stream.tokens.tolist(), stream.chunks.tolist()):
         assert (chunk == -1) == (token in TOKENIZER.special_ids)
     texts = [TOKENIZER.decode(stream.tokens[stream.chunks == i].tolist()) for i in range(3)]
@@ -34,16 +37,16 @@ def test_labels_belong_to_chunks_and_special_tokens_to_none():
 
 def test_packing_stops_when_there_is_enough():
     endless = (DOCUMENTS[0] for _ in iter(int, 1))
-    assert 100 <= len(pack(endless, TOKENIZER, 3, 100).tokens) < 100 + 10
+    assert 100 <= len(pack(endless, TOKENIZER, enough=100).tokens) < 100 + 10
 
 
 def test_a_chunk_cut_by_the_windows_edge_is_a_chunk_in_both():
     stream = Stream(torch.arange(10), torch.tensor([-1, 0, 0, 0, -1, 1, 1, 1, 1, -1]),
-                    torch.tensor([[True, False], [False, True]]))
+                    torch.tensor([[0], [1]]))
     batch = cut(stream, torch.tensor([2, 6]), 4)
     assert batch.tokens.tolist() == [[2, 3, 4, 5], [6, 7, 8, 9]]
     assert batch.chunks.tolist() == [[0, 0, -1, 1], [2, 2, 2, -1]], "chunk 1 is in both windows"
-    assert batch.labels.tolist() == [[True, False], [False, True], [False, True]]
+    assert batch.labels.tolist() == [[0], [1], [1]]
 
 
 def test_stories_are_the_grammars_and_packed_whole():
@@ -81,9 +84,22 @@ def test_held_out_windows_are_fixed():
 
 def test_counts_are_per_concept_and_in_all():
     stream = Stream(torch.tensor([5, 1, 1, 2, 5, 2]), torch.tensor([-1, 0, 0, 1, -1, 1]),
-                    torch.tensor([[True, False], [True, True]]))
-    assert count_tokens(stream, 6).tolist() == [
+                    torch.tensor([[0, -1], [1, 0]]))
+    assert count_tokens(stream, 2, 6).tolist() == [
         [0, 2, 2, 0, 0, 0], [0, 0, 2, 0, 0, 0], [0, 2, 2, 0, 0, 0]], "special tokens do not count"
+
+
+def test_counting_with_thousands_of_concepts_needs_little_memory():
+    """Tokens times concepts, even as bytes, would be 20 GB here; the counts are 84 MB."""
+    n, C, V = 1_000_000, 20_000, 1_000
+    tokens, chunks = torch.arange(n) % V, torch.arange(n) // 100
+    labels = torch.arange(n // 100)[:, None] * 2 + torch.tensor([0, 1])  # two of its own each
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    counts = count_tokens(Stream(tokens, chunks, labels), C, V)
+    used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10  # MB
+    assert used < 500, f"{used:.0f} MB"
+    assert counts[:C].sum() == 2 * n and (counts[C] == n // V).all()
+    assert counts[7].nonzero()[:, 0].tolist() == list(range(300, 400)), "chunk 3 has concept 7"
 
 
 # ---- anyone's files ------------------------------------------------------------------------------
@@ -144,8 +160,8 @@ def test_labels_of_several_files_share_their_names(tmp_path):
              a_file(tmp_path, lines.replace('"b"', '"b", "a"'), "b.jsonl")]
     texts = Texts(files, seed=0, T=32)
     assert [(x.id, x.name) for x in texts.labels] == [(0, "a"), (1, "b")]
-    assert texts.training.labels[0].tolist() == [False, True]
-    assert texts.training.labels[-1].tolist() == [True, True]
+    assert texts.training.labels[0].tolist() == [1, -1]
+    assert sorted(texts.training.labels[-1].tolist()) == [0, 1]
 
 
 def test_too_little_text_is_refused(tmp_path):

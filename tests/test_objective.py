@@ -8,19 +8,18 @@ import torch
 from conftest import CONFIG
 
 from steerling_min import Steerling
-from steerling_min.training.data import Batch
+from steerling_min.training.data import Batch, has_concepts
 from steerling_min.training.losses import (compose, independence_loss, presence_loss,
                                            reconstruction_loss)
 from steerling_min.training.objective import (EXPRESS, INDEPENDENCE, INJECTED, PARTS,
                                               RECONSTRUCTION, STRENGTHS, Draws, Objective,
-                                              draw_injections, labels_of_tokens)
+                                              draw_injections, labelled_features)
 from steerling_min.steering import Steerer, Steering
 
 T = 12
 BATCH = Batch(torch.randint(0, 15, (2, T), generator=torch.Generator().manual_seed(1)),
               torch.tensor([[-1] + [0] * 5 + [-1] + [1] * 5, [2] * 8 + [-1] + [3] * 3]),
-              torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0],
-                            [0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0, 0, 0]]).bool())
+              torch.tensor([[0, -1], [1, 2], [3, -1], [3, 4]]))
 MASKED = torch.rand(2, T, generator=torch.Generator().manual_seed(2)) < 0.5
 NOISY = BATCH.tokens.masked_fill(MASKED, CONFIG.mask_token_id)
 LEVEL = torch.full((2, T), 0.5)
@@ -103,7 +102,7 @@ def test_what_the_heads_supply_does_not_depend_on_which_windows_keep_epsilon(mod
 def test_the_state_without_epsilon_is_what_the_heads_say(model):
     """At full progress: half the labels' features, half the predicted; the unknown side as is."""
     parts = model(NOISY)
-    labelled = labels_of_tokens(BATCH).float() @ model.known_head.concept_embedding.weight[:8]
+    labelled = labelled_features(BATCH, model.known_head.concept_embedding.weight)
     composed = (labelled + parts.known) / 2 + parts.unknown
     composed[0] = parts.hidden[0]
     logits = model.transformer.lm_head(composed)[MASKED]
@@ -114,10 +113,11 @@ def test_the_state_without_epsilon_is_what_the_heads_say(model):
 
 def test_presence_weighs_1_the_others_as_they_say(model):
     found, hidden = losses(model), model.transformer(NOISY)
-    expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, BATCH.labels)
+    labels = has_concepts(BATCH.labels, 8)
+    expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, labels)
     torch.testing.assert_close(found["presence"], expected)
     parts = model(NOISY)
-    labelled = labels_of_tokens(BATCH).float() @ model.known_head.concept_embedding.weight[:8]
+    labelled = labelled_features(BATCH, model.known_head.concept_embedding.weight)
     expected = RECONSTRUCTION * reconstruction_loss(parts.unknown, parts.hidden, labelled)
     torch.testing.assert_close(found["reconstruction"], expected)
     expected = INDEPENDENCE * independence_loss(parts.known, parts.unknown)
@@ -228,7 +228,7 @@ def test_a_share_of_the_chunks_is_injected_into():
 
 
 def test_without_labels_nothing_is_injected():
-    for labels in (BATCH.labels & False, BATCH.labels[:, :0]):
+    for labels in (torch.full_like(BATCH.labels, -1), BATCH.labels[:, :0]):
         injected, _ = draw_injections(BATCH._replace(labels=labels), torch.Generator())
         assert (injected == -1).all()
 
@@ -257,7 +257,11 @@ def test_the_originals_are_what_is_predicted(model):
 
 
 def test_a_token_has_its_chunks_labels_and_a_special_token_none():
-    labels = labels_of_tokens(BATCH)
-    assert not labels[BATCH.chunks < 0].any(), "chunk -1 is no chunk, not the last one"
-    for n in range(4):
-        assert (labels[BATCH.chunks == n] == BATCH.labels[n]).all()
+    embedding = torch.randn(8, 32, generator=torch.Generator().manual_seed(4))
+    found = labelled_features(BATCH, embedding)
+    assert (found[BATCH.chunks < 0] == 0).all(), "chunk -1 is no chunk, not the last one"
+    for n, ids in enumerate([[0], [1, 2], [3], [3, 4]]):
+        expected = embedding[ids].sum(0).expand(int((BATCH.chunks == n).sum()), -1)
+        torch.testing.assert_close(found[BATCH.chunks == n], expected)
+    nothing = BATCH._replace(labels=BATCH.labels[:, :0])
+    assert (labelled_features(nothing, embedding) == 0).all(), "texts without any labels"

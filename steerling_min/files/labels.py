@@ -16,7 +16,8 @@ from ..config import require_concept
 from .writing import replacing
 
 LABELS = "concept_labels"  # .csv or .parquet, beside a checkpoint
-COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name")
+COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name",
+           "concept_type")
 
 
 class Label(NamedTuple):
@@ -24,6 +25,7 @@ class Label(NamedTuple):
     name: str
     description: str = ""
     group: str = ""  # concepts that belong together, such as all moods
+    type: str = ""   # content, entity, tone or document, as in the data set FineWeb Atlas
 
 
 def words_of(text: str) -> set[str]:
@@ -104,7 +106,7 @@ def load_labels(file: Path, n_concepts: int) -> Labels:
         seen.add(concept)
         labels.append(Label(concept, str(row["concept_name"]),
                             str(row.get("concept_description") or ""),
-                            str(row.get("group_name") or "")))
+                            str(row.get("group_name") or ""), str(row.get("concept_type") or "")))
     return Labels(labels, n_concepts)
 
 
@@ -153,4 +155,5 @@ def write_labels(labels: Iterable[Label], folder: Path) -> None:
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
         rows.writerow(COLUMNS)
-        rows.writerows([x.id, x.name, x.description, "known", x.group] for x in labels)
+        rows.writerows([x.id, x.name, x.description, "known", x.group, x.type]
+                       for x in labels)

@@ -3,7 +3,10 @@
 A document is a list of chunks; a chunk is a text and the ids of the known concepts that it has.
 Documents become `<|bos|> chunk <|endofchunk|> chunk ... <|endoftext|>`, one after the other, and
 windows of the context length are cut from that stream, without padding and without a mask between
-documents. Labels belong to whole chunks; no token has one of its own.
+documents. Labels belong to whole chunks; no token has one of its own. A chunk has few of the many
+concepts, so its labels are a short list of ids, not a yes or no for each concept.
+
+Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most labels that a chunk has.
 """
 
 import json
@@ -21,13 +24,13 @@ from ..files.tokenizer import Tokenizer
 from . import world
 from .world import Chunk
 
-VOCAB_SIZE = 1024  # at most; the stories' words make 829
+VOCAB_SIZE = 1024  # at most; the stories' words make 826
 
 
 class Stream(NamedTuple):
     tokens: Tensor  # (n,) int64
     chunks: Tensor  # (n,) int64, the chunk that a token stands in; -1 for special tokens
-    labels: Tensor  # (N, C) bool, the concepts of each chunk
+    labels: Tensor  # (N, K) int64, the ids of each chunk's concepts, filled up with -1
 
 
 class Batch(NamedTuple):
@@ -35,10 +38,10 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, T) int64
     chunks: Tensor  # (B, T) int64, 0 to N - 1; -1 for special tokens
-    labels: Tensor  # (N, C) bool
+    labels: Tensor  # (N, K) int64, as in Stream
 
 
-def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, C: int,
+def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
          enough: float = float("inf")) -> Stream:
     """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
     tokens, chunks, labels = [], [], []
@@ -49,12 +52,13 @@ def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, C: int,
             ids = tokenizer.encode(chunk.text)
             tokens += ids + [tokenizer.endofchunk_token_id]
             chunks += [len(labels)] * len(ids) + [-1]
-            labels.append([c in chunk.concepts for c in range(C)])
+            labels.append(chunk.concepts)
         tokens[-1] = tokenizer.eos_token_id  # in place of the last <|endofchunk|>
         if len(tokens) >= enough:
             break
-    return Stream(torch.tensor(tokens), torch.tensor(chunks),
-                  torch.tensor(labels, dtype=torch.bool).view(len(labels), C))
+    K = max(map(len, labels), default=0)
+    filled = torch.tensor([(*ids, *[-1] * (K - len(ids))) for ids in labels], dtype=torch.int64)
+    return Stream(torch.tensor(tokens), torch.tensor(chunks), filled.view(len(labels), K))
 
 
 def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
@@ -68,13 +72,25 @@ def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
     return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)])
 
 
-def count_tokens(stream: Stream, V: int) -> Tensor:
-    """How often each token stands in chunks with each concept and, last, in all: (C + 1, V)."""
+def has_concepts(labels: Tensor, C: int) -> Tensor:
+    """Labels (N, K) as a yes or no for each of C concepts: (N, C) bool."""
+    found = torch.zeros(len(labels), C + 1, dtype=torch.bool, device=labels.device)
+    return found.scatter(1, labels.where(labels >= 0, C), True)[:, :C]  # column C is for the -1
+
+
+def count_tokens(stream: Stream, C: int, V: int) -> Tensor:
+    """How often each token stands in chunks with each concept and, last, in all: (C + 1, V) int32.
+
+    One label of every chunk at a time: nothing of tokens times concepts is ever held.
+    """
     inside = stream.chunks >= 0
-    labels = stream.labels[stream.chunks[inside]].double()  # (n, C)
-    labels = torch.nn.functional.pad(labels, (0, 1), value=1.0)  # (n, C + 1)
-    counts = labels.new_zeros(V, labels.shape[1])
-    return counts.index_add(0, stream.tokens[inside], labels).T
+    tokens, chunks = stream.tokens[inside], stream.chunks[inside]  # (n,)
+    counts = torch.zeros((C + 1) * V, dtype=torch.int32)
+    for ids in [*stream.labels.T, torch.full((len(stream.labels),), C)]:  # (N,) each
+        concept = ids[chunks]  # (n,)
+        at = (concept * V + tokens)[concept >= 0]
+        counts.index_add_(0, at, torch.ones_like(at, dtype=torch.int32))
+    return counts.view(C + 1, V)
 
 
 # ---- where documents come from -------------------------------------------------------------------
@@ -103,7 +119,7 @@ class Stories:
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
-        return pack(endless_stories(f"{self.seed} {step}"), self.tokenizer, len(self.labels), n)
+        return pack(endless_stories(f"{self.seed} {step}"), self.tokenizer, enough=n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """What a training step reads: a stream, and where its B windows of T tokens start."""
@@ -134,7 +150,7 @@ class Texts:
         documents = [[Chunk(text, tuple(ids[name] for name in concepts))
                       for text, concepts in document] for document in documents]
         self.tokenizer = Tokenizer.train("\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
-        tokens, chunks, labels = pack(documents, self.tokenizer, len(self.labels))
+        tokens, chunks, labels = pack(documents, self.tokenizer)
         n = len(tokens) * 9 // 10
         self.training = Stream(tokens[:n], chunks[:n], labels)
         self.rest = Stream(tokens[n:], chunks[n:], labels)

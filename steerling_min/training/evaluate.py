@@ -20,7 +20,7 @@ from ..steering import Steering
 from ..files.tokenizer import Tokenizer
 from ..unmasking import generate
 from . import world
-from .data import Batch, Stream, cut, endless_stories, pack
+from .data import Batch, Stream, cut, endless_stories, has_concepts, pack
 from .losses import log_absent
 from .world import CONCEPTS, TOPICS, Story, hero_of, recognise, split_sentences
 
@@ -71,7 +71,7 @@ def share(verdicts: list[bool]) -> float:
 
 
 def tokens_of(story: Story, tokenizer: Tokenizer) -> list[int]:
-    return pack([story.chunks], tokenizer, len(CONCEPTS)).tokens.tolist()
+    return pack([story.chunks], tokenizer).tokens.tolist()
 
 
 def write(model: Steerling, tokenizer: Tokenizer, prompt: list[int], n: int, seed: int,
@@ -177,7 +177,8 @@ def concepts(model: Steerling, stream: Stream, n: int) -> dict[str, float]:
             out = model(noisy.to(model.device))
             if name in ("clean", "0.5"):
                 logits = model.known_head.logits(out.hidden).cpu()
-                add("p " + name, -log_absent(logits, batch.chunks, len(batch.labels)), batch.labels)
+                add("p " + name, -log_absent(logits, batch.chunks, len(batch.labels)),
+                    has_concepts(batch.labels, C))
             if name == "clean":
                 continue
             y = batch.tokens[masked].to(model.device)
@@ -265,8 +266,7 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
     if model.config.n_concepts != len(CONCEPTS):
         raise ValueError(f"{folder} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
-    stream = pack(endless_stories(HELD_OUT), tokenizer, len(CONCEPTS),
-                  64 * model.config.block_size)
+    stream = pack(endless_stories(HELD_OUT), tokenizer, enough=64 * model.config.block_size)
     return {**language(model, tokenizer, 100), **likelihood(model, tokenizer, 100),
             **concepts(model, stream, 64), **steering(model, tokenizer, 8)}
 

@@ -1,7 +1,9 @@
 """The tiny world's grammar: every sentence it can say, as plain tables.
 
 A {slot} in a sentence is replaced by one of the slot's fillers. `world.py` writes stories from
-these tables and recognises their sentences; add to them, and everything else follows.
+these tables, recognises their sentences, and makes a concept of every topic, mood and form, of
+every filler, and of every word in SAID. Add to them, and everything else follows; but no two
+concepts may share a name, "Pepper" and "pepper" neither.
 """
 
 # Drawn once per story, in its first sentence. {slot} is replaced by one of the slot's fillers.
@@ -19,16 +21,35 @@ STORY_SLOTS = {
 }
 # Drawn anew in every sentence that has the slot.
 SENTENCE_SLOTS = {
-    "time": ["dawn", "noon", "sunset", "midnight", "supper", "breakfast", "evening", "bedtime",
-             "morning", "lunch", "sunrise", "Monday", "Sunday", "spring", "autumn", "tea"],
+    "time": ["dawn", "noon", "sunset", "midnight", "supper", "breakfast", "nightfall", "bedtime",
+             "daybreak", "lunch", "sunrise", "dusk", "twilight", "dinner", "moonrise", "teatime"],
     "adj": ["small", "bright", "broken", "golden", "strange", "heavy", "tiny", "pale", "curious",
             "hidden", "round", "narrow", "dusty", "shiny", "crooked", "famous", "plain", "silver",
-            "purple", "gentle", "rusty", "noisy", "silent", "ancient", "wobbly", "perfect",
+            "purple", "gentle", "rusty", "noisy", "silent", "dented", "wobbly", "perfect",
             "secret", "borrowed", "huge", "warm", "green", "simple"],
     "tool": ["rope", "hammer", "needle", "candle", "ladder", "wheel", "button", "mirror", "brush",
              "bottle", "pencil", "whistle", "lantern", "hook", "pocket", "bucket"],
-    "food": ["honey", "cheese", "jam", "cake", "salt", "butter", "rice", "sugar", "pepper", "milk",
-             "pears", "plums"],
+    "food": ["honey", "cheese", "jam", "cake", "cream", "butter", "rice", "sugar", "mustard",
+             "milk", "bacon", "pasta"],
+}
+# Words that sentences bring along by themselves, by kind. No two stand in the same sentences only,
+# or nothing could tell which of the two is meant.
+SAID = {
+    "verb": ["sailed", "rowed", "stirred", "drifted", "licked", "skated", "flew", "floated",
+             "landed", "followed", "paid", "bargained", "tuned", "practised", "watered", "dug",
+             "smiled", "danced", "trembled", "breathe", "wept", "comfort", "sighed", "stamped",
+             "growled", "wondered", "peeked", "know", "leaned", "done", "praised", "yawned",
+             "stand", "longed", "waited", "left", "come", "seen", "said", "called", "whispered",
+             "counted", "wrote", "spoke", "vowed", "share", "swore", "looked", "jumped", "hum",
+             "sang", "dreamed", "imagined"],
+    "noun": ["waves", "tide", "wind", "foam", "onion", "smell", "flour", "snow", "ice", "frost",
+             "footprints", "snowman", "astronauts", "year", "robot", "trees", "leaves", "moss",
+             "cones", "squirrel", "crowd", "trader", "buyers", "melody", "rhythm", "band", "chord",
+             "seeds", "weeds", "butterfly", "greenhouse", "laugh", "joy", "heart", "shiver",
+             "tear", "face", "rage", "riddle", "champion", "chest", "legs", "breath", "care",
+             "peace", "bag", "room", "note", "honour", "echo", "eyes"],
+    "adj": ["cheap", "light", "frightened", "lonely", "cross", "tall", "asleep", "late", "safe",
+            "bigger", "quicker"],
 }
 # Topic: its nouns, the {noun} of its sentences, and its sentences. Some nouns have two topics.
 TOPICS = {
@@ -37,58 +58,58 @@ TOPICS = {
         "{hero} sailed past the {adj} {noun} before {time}.",
         "The waves carried {friend} toward the {adj} {noun}.",
         "The tide covered the {noun} and left a {adj} shell for {hero}.",
-        "Salt wind blew {hero} across the {adj} {noun} until {time}.",
+        "Salt wind blew {hero} and {friend} across the {adj} {noun} until {time}.",
         "{hero} rowed around the {noun} with the {thing} and some {food}.",
         "Far from the {place}, {hero} watched the {adj} {noun} rise from the foam.",
     ]),
     "kitchen": (["oven", "kettle", "pot", "table", "bread", "soup", "spoon", "cup", "pan", "bowl",
                  "plate", "jar"], [
         "{hero} stirred {food} into the {adj} stew beside the {noun}.",
-        "Steam rose from the {adj} {noun} of {hero} at {time}.",
+        "Steam drifted from the {adj} {noun} of {hero} at {time}.",
         "{friend} licked the {adj} {noun} clean, and {hero} laughed.",
-        "{hero} set the {adj} {noun} on the stove and chopped an onion.",
+        "{hero} set the {adj} {noun} on the stove and chopped an onion for {friend}.",
         "The smell of {food} led {hero} from the {adj} {noun} to the {place}.",
-        "Flour fell on the {adj} {noun}, on {hero} and on the {thing}.",
+        "Some flour fell on the {adj} {noun}, on {hero} and on the {thing}.",
     ]),
     "winter": (["sled", "pond", "chimney", "icicle", "scarf", "hill", "star", "path", "glove",
                 "roof", "fire", "boot"], [
-        "Snow covered the {adj} {noun} of {hero} before {time}.",
-        "{hero} pulled a {tool} over the ice to the {adj} {noun}.",
-        "Frost drew a {adj} {tool} on the {noun} for {hero}.",
+        "The snow covered the {adj} {noun} of {hero} before {time}.",
+        "{hero} and {friend} pulled a {tool} over the ice to the {adj} {noun}.",
+        "The frost drew a {adj} {tool} on the {noun} for {hero}.",
         "{friend} left cold footprints from the {adj} {noun} to the {place}.",
         "{hero} built a snowman behind the {adj} {noun} and gave it the {thing}.",
         "The {noun} froze, and {hero} skated around a {adj} {tool} until {time}.",
     ]),
     "space": (["rocket", "moon", "star", "comet", "planet", "telescope", "crater", "engine",
                "antenna", "cloud", "helmet", "signal"], [
-        "{hero} flew beyond the {adj} {noun} at {time}.",
+        "{hero} and {friend} flew beyond the {adj} {noun} at {time}.",
         "{friend} floated past the {adj} {noun} without any weight.",
         "The astronauts gave {hero} a {adj} map of the {noun}.",
-        "Light from the {adj} {noun} took a year to reach {hero} at the {place}.",
+        "A ray from the {adj} {noun} took a year to reach {hero} at the {place}.",
         "{hero} landed beside the {adj} {noun} and unpacked the {thing}.",
         "A {adj} robot showed {hero} the orbit of the {noun}.",
     ]),
     "forest": (["oak", "fern", "owl", "path", "mushroom", "stream", "fox", "nest", "badger",
                 "clearing", "log", "hollow"], [
-        "{hero} walked between the trees to the {adj} {noun}.",
-        "Leaves rustled above {hero} and the {adj} {noun} at {time}.",
-        "{hero} followed the {adj} {noun} deep into the woods.",
-        "Moss grew on the {adj} {noun} where {hero} had lost the {thing}.",
+        "{hero} and {friend} walked between the trees to the {adj} {noun}.",
+        "The leaves rustled above {hero} and the {adj} {noun} at {time}.",
+        "{hero} followed {friend} past the {adj} {noun} into the woods.",
+        "Soft moss grew on the {adj} {noun} where {hero} had lost the {thing}.",
         "{hero} gathered pine cones near the {adj} {noun} until {time}.",
         "A {adj} squirrel led {hero} from the {noun} to the {place}.",
     ]),
     "market": (["stall", "basket", "coin", "cart", "boat", "merchant", "cloth", "bread", "carpet",
                 "scale", "purse", "crate"], [
         "{hero} paid for the {adj} {noun} with a {tool}.",
-        "{hero} pushed through the crowd to see the {adj} {noun}.",
+        "{hero} and {friend} pushed through the crowd to see the {adj} {noun}.",
         "The trader sold {food} and a {adj} {noun} to {hero} until {time}.",
         "{hero} bargained over the price of the {adj} {noun}.",
-        "Buyers admired {hero} and the {adj} {noun}.",
+        "The buyers admired {hero} and the {adj} {noun}.",
         "{hero} found a cheap {tool} for {friend} under the {adj} {noun}.",
     ]),
     "music": (["drum", "flute", "song", "fiddle", "choir", "stage", "bell", "piano", "harp",
                "trumpet", "dance", "violin"], [
-        "{hero} tuned the {adj} {noun} before {time}.",
+        "{hero} tuned the {adj} {noun} for {friend} before {time}.",
         "The melody of the {adj} {noun} reached {hero} at the {place}.",
         "{friend} kept the rhythm with a {tool} and the {adj} {noun}.",
         "The band played until {time}, and {hero} bowed to the {adj} {noun}.",
@@ -99,15 +120,15 @@ TOPICS = {
                 "beetle", "hedge", "tomato"], [
         "{hero} watered the {adj} {noun} at {time}.",
         "{hero} dug a hole behind the {adj} {noun} and buried the {thing}.",
-        "Seeds sprouted around {hero} and the {adj} {noun} before {time}.",
-        "{hero} pulled weeds from the soil near the {adj} {noun}.",
+        "The seeds sprouted around {hero} and the {adj} {noun} before {time}.",
+        "{hero} and {friend} pulled weeds from the soil near the {adj} {noun}.",
         "A {adj} butterfly rested on the {noun} next to {hero} and {friend}.",
         "{hero} carried the {adj} {noun} and some {food} to the greenhouse.",
     ]),
 }
 MOODS = {
     "happy": ["{hero} smiled all the way home.", "A warm laugh came from {hero}.",
-              "{hero} danced around the {thing}.", "Nothing could spoil the joy of {hero}.",
+              "{hero} danced around the {thing}.", "Nothing could spoil the joy of {friend}.",
               "{hero} felt light and glad until {time}."],
     "afraid": ["{hero} trembled and hid behind the {thing}.", "The heart of {hero} beat fast.",
                "{hero} did not dare to breathe until {time}.",
@@ -131,7 +152,7 @@ MOODS = {
               "{hero} longed for a soft bed."],
     "calm": ["{hero} took a slow breath.", "All was quiet around {friend}.",
              "{hero} rested beside the {thing} without a care.",
-             "Peace settled over {hero}.", "{hero} waited gently for {time}."],
+             "A deep peace settled over {hero}.", "{hero} waited gently for {time}."],
 }
 # The {noun} of a form is one of the chunk's topic; the sentence alone does not show the topic.
 FORMS = {

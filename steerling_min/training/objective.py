@@ -12,21 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion import token_loss
-from ..iguide import KnownHead, UnknownHead, top_concepts
+from ..iguide import UnknownHead, top_concepts
 from ..model import Steerling
 from ..steering import alpha_of, amplify_layer, unit
-from .data import Batch
+from .data import Batch, has_concepts
 from .distributed import joined
-from .losses import (
-    compose,
-    express_loss,
-    independence_loss,
-    known_forcing,
-    presence_loss,
-    reconstruction_loss,
-    respond_loss,
-    unknown_forcing,
-)
+from .losses import (compose, express_loss, independence_loss, known_forcing, presence_loss,
+                     reconstruction_loss, respond_loss, unknown_forcing)
 
 # Weights of three losses; presence and respond have weight 1. With express at 0.1 the model learnt
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
@@ -91,18 +83,19 @@ class Objective(nn.Module):
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
         logits = model.known_head.logits(hidden)  # (B, T, C)
-        known = features(model.known_head, hidden)  # (B, T, D)
+        top, ids = logits.topk(model.known_head.topk, dim=-1)  # (B, T, k)
+        known = model.known_head.features(ids, top.sigmoid()).float()  # (B, T, D)
         # The same numbers twice: losses through the first reach the unknown head alone; the token
         # loss, where epsilon is dropped, goes through the second to the backbone as well.
-        detached = features(model.unknown_head, hidden.detach())  # (B, T, D)
-        unknown = detached.index_put((dropped,), features(model.unknown_head, hidden[dropped]))
-        token_labels = labels_of_tokens(batch)  # (B, T, C) bool
-        C = token_labels.shape[-1]  # 0 where the texts have no labels
-        labelled = (token_labels.to(hidden) @ embedding[:C]).float()  # (B, T, D)
+        detached = unknown_features(model.unknown_head, hidden.detach())  # (B, T, D)
+        unknown = detached.index_put((dropped,),
+                                     unknown_features(model.unknown_head, hidden[dropped]))
+        labelled = labelled_features(batch, embedding).float()  # (B, T, D)
+        has_labels = batch.labels.shape[1] > 0  # not where the texts have none at all
 
         composed = compose(
             hidden, known, unknown, labelled, dropped,
-            known_forcing(progress) if C > 0 and "forcing" not in without else 0.0,
+            known_forcing(progress) if has_labels and "forcing" not in without else 0.0,
             unknown_forcing(progress) if "prediction" in without else 0.0)
         token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
         weighting = "1/t" if "mean" in without else "none"
@@ -111,8 +104,9 @@ class Objective(nn.Module):
                   "reconstruction":
                       RECONSTRUCTION * reconstruction_loss(detached, hidden, labelled),
                   "independence": INDEPENDENCE * independence_loss(known, detached)}
-        if C > 0:
-            losses["presence"] = presence_loss(logits, batch.chunks, batch.labels)
+        if has_labels:
+            labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
+            losses["presence"] = presence_loss(logits, batch.chunks, labels)
         if injected is not None:
             chunk, concept = batch.chunks[masked], injected[masked]  # (M,)
             at = (concept >= 0) & (chunk >= 0)
@@ -122,17 +116,19 @@ class Objective(nn.Module):
         return {name: loss for name, loss in losses.items() if name not in without}
 
 
-def features(head: KnownHead | UnknownHead, hidden: Tensor) -> Tensor:
-    """A head's features (B, T, D) of hidden (B, T, D): of its top-k concepts, as when text is
-    written."""
+def unknown_features(head: UnknownHead, hidden: Tensor) -> Tensor:
+    """The unknown features (B, T, D) of hidden (B, T, D): of the head's top-k' concepts, as when
+    text is written."""
     logits, ids = top_concepts(head, hidden)
     return head.features(ids, logits.sigmoid()).float()
 
 
-def labels_of_tokens(batch: Batch) -> Tensor:
-    """The labels of each token's chunk, (B, T, C) bool; special tokens (chunk -1) have none."""
-    none = batch.labels.new_zeros(1, batch.labels.shape[1])
-    return torch.cat([batch.labels, none])[batch.chunks]  # row -1 is the last
+def labelled_features(batch: Batch, embedding: Tensor) -> Tensor:
+    """The sum of the embeddings of the concepts that each token's chunk is labelled with: (B, T, D),
+    0 for special tokens (chunk -1). embedding is (at least C, D)."""
+    given = batch.labels[..., None] >= 0  # (N, K, 1)
+    sums = (embedding[batch.labels] * given).sum(1)  # (N, D): one for each chunk; few, so it is fast
+    return torch.cat([sums, sums.new_zeros(1, sums.shape[1])])[batch.chunks]  # row -1 is the last
 
 
 def draw_injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -141,11 +137,12 @@ def draw_injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, T
 
     Returns concepts (B, T) int64, -1 where nothing is injected, and strengths (B, T).
     """
-    N, labelled = len(batch.labels), batch.labels.any(1)
+    N, given = len(batch.labels), batch.labels >= 0  # (N, K)
+    labelled = given.any(1)
     concept = torch.full((N + 1,), -1)  # the last is for special tokens, whose chunk is -1
     if labelled.any():
-        concept[:N][labelled] = torch.multinomial(batch.labels[labelled].float(), 1,
-                                                  generator=generator)[:, 0]
+        one = torch.multinomial(given[labelled].float(), 1, generator=generator)
+        concept[:N][labelled] = batch.labels[labelled].gather(1, one)[:, 0]
     concept[:N][torch.rand(N, generator=generator) >= INJECTED] = -1
     low, high = STRENGTHS
     strength = low + (high - low) * torch.rand(N + 1, generator=generator)

@@ -1,24 +1,27 @@
 """The tiny world: labelled short stories from a grammar, so that the truth is known.
 
     The old sailor Mara lived near the harbour with a dog named Biscuit and a brass key. Salt wind
-      blew Mara across the pale bay until sunset. Mara smiled all the way home.
+      blew Mara and Biscuit across the pale bay until sunset. Mara smiled all the way home.
     The waves carried Biscuit toward the narrow reef. "Look at the shiny gull," said Mara.
 
 A story is four to seven chunks (two of them above). The first sentence draws a hero, a friend, a
 place and a thing, which come back by name in later chunks: who reads on must remember them. Every
-chunk has one topic, often a mood, sometimes a form, and is labelled with them. The tables of
-`grammar.py` write the stories, recognise sentences, and give the exact entropy: the limit that
-training can approach.
+chunk has one topic, often a mood, sometimes a form. It is labelled with them and with each thing
+that it mentions: with its words, that is, but for those like "the" and "until". The first chunk
+above is about the sea, happy, and mentions "old", "sailor", "Mara", "harbour", "dog", "Biscuit",
+"brass key", "wind", "pale", "bay", "sunset" and "smiled". The tables of `grammar.py` write the
+stories, recognise sentences, and give the exact entropy: the limit that training can approach.
 """
 
 import math
 import random
 import re
+from functools import cache
 from statistics import fmean as mean
 from typing import NamedTuple
 
 from ..files.labels import Label
-from .grammar import FORMS, INTRO, MOODS, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
+from .grammar import FORMS, INTRO, MOODS, SAID, SENTENCE_SLOTS, STORY_SLOTS, TOPICS
 
 CHUNKS = (4, 5, 6, 7)  # chunks of a story, equally likely
 KEEP_TOPIC = 1 / 2     # a chunk keeps the topic of the one before; else any other, equally likely
@@ -29,13 +32,29 @@ SENTENCE_END = re.compile(r"(?<=[.?]) (?=[A-Z\"])")  # where a chunk is cut into
 
 # ---- the concepts --------------------------------------------------------------------------------
 
-CONCEPTS = tuple(
-    Label(i, name, f"the chunk {verb} {name}", group)
-    for i, (name, group, verb) in enumerate(
-        [(name, "topic", "is about the topic") for name in TOPICS]
-        + [(name, "mood", "shows the mood") for name in MOODS]
-        + [(name, "form", "has a sentence of the form") for name in FORMS]))
+# What a chunk as a whole has: group, its names, type, and how to say that a chunk has it.
+WHOLE = [("topic", TOPICS, "content", "is about the topic"),
+         ("mood", MOODS, "tone", "shows the mood"),
+         ("form", FORMS, "document", "has a sentence of the form")]
+# The slots whose words are entities; other words are content.
+ENTITIES = ("hero", "friend", "place")
+
+
+def named_words() -> dict[str, str]:
+    """Every word, or pair of words, that is a concept, and its group: a slot or a kind of SAID."""
+    topics_nouns = [noun for nouns, _ in TOPICS.values() for noun in nouns]
+    tables = [STORY_SLOTS, {"noun": topics_nouns}, SENTENCE_SLOTS, SAID]
+    return {word: slot for table in tables for slot, words in table.items() for word in words}
+
+
+CONCEPTS = tuple(Label(i, *rest) for i, rest in enumerate(
+    [(name, f"the chunk {has} {name}", group, type)
+     for group, names, type, has in WHOLE for name in names]
+    + [(word, f"the chunk mentions {word}", group,
+        "entity" if group in ENTITIES else "content")
+       for word, group in named_words().items()]))
 CONCEPT_IDS = {concept.name: concept.id for concept in CONCEPTS}
+WORDS = {CONCEPT_IDS[word]: word for word in named_words()}  # of the concepts that name words
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -61,6 +80,13 @@ def fillers(slot: str, nouns: list[str]) -> list[str]:
     return nouns if slot == "noun" else {**STORY_SLOTS, **SENTENCE_SLOTS}[slot]
 
 
+@cache
+def said(template: str) -> frozenset[str]:
+    """The words of a template itself, not of its slots, that are concepts."""
+    words = re.findall(r"\w+", re.sub(r"\{\w+\}", "", template))
+    return frozenset(word for word in words if CONCEPT_IDS.get(word) in WORDS)
+
+
 def write_story(rng: random.Random) -> Story:
     """Draw a story. No two ways of drawing give the same text, so log_prob is the text's."""
     log_prob = 0.0
@@ -78,8 +104,10 @@ def write_story(rng: random.Random) -> Story:
 
     def sentence(templates, nouns):
         text = choose(templates)
+        names.update(said(text))
         for slot in slots_of(text):
             filler = story[slot] if slot in story else choose(fillers(slot, nouns))
+            names.add(filler)
             text = text.replace("{" + slot + "}", filler)
         return text
 
@@ -89,13 +117,12 @@ def write_story(rng: random.Random) -> Story:
         if topic is None or not happens(KEEP_TOPIC):
             topic = choose([name for name in TOPICS if name != topic])
         nouns, templates = TOPICS[topic]
-        sentences, names = [sentence(templates, nouns)], [topic]
-        if happens(MOOD):
-            names.append(choose(list(MOODS)))
-            sentences.append(sentence(MOODS[names[-1]], nouns))
-        if i > 0 and happens(FORM):
-            names.append(choose(list(FORMS)))
-            sentences.append(sentence(FORMS[names[-1]], nouns))
+        names = {topic}  # of the chunk's concepts; `sentence` adds those of the words it writes
+        sentences = [sentence(templates, nouns)]
+        for kinds, yes in ((MOODS, happens(MOOD)), (FORMS, i > 0 and happens(FORM))):
+            if yes:
+                names.add(kind := choose(list(kinds)))
+                sentences.append(sentence(kinds[kind], nouns))
         if i == 0:
             sentences.insert(0, sentence([INTRO], nouns))
         chunks.append(Chunk(" ".join(sentences), tuple(sorted(CONCEPT_IDS[n] for n in names))))
@@ -113,8 +140,8 @@ def pattern_of(template: str, nouns: list[str]) -> re.Pattern:
 
 
 ALL_NOUNS = sorted({noun for nouns, _ in TOPICS.values() for noun in nouns})
-RULES = [(pattern_of(INTRO, []), ())] + [
-    (pattern_of(template, nouns), (CONCEPT_IDS[name],))
+RULES = [(pattern_of(INTRO, []), set())] + [
+    (pattern_of(template, nouns), {name} | said(template))
     for name, (nouns, templates) in [
         *TOPICS.items(),
         *((name, (ALL_NOUNS, templates)) for name, templates in {**MOODS, **FORMS}.items())]
@@ -128,9 +155,9 @@ def split_sentences(text: str) -> list[str]:
 
 def recognise(sentence: str) -> tuple[int, ...] | None:
     """The ids of the concepts that a sentence shows; None when it is not in the grammar."""
-    for pattern, concepts in RULES:
-        if pattern.fullmatch(sentence):
-            return concepts
+    for pattern, names in RULES:
+        if found := pattern.fullmatch(sentence):
+            return tuple(sorted(CONCEPT_IDS[name] for name in names.union(found.groups())))
     return None
 
 
