@@ -17,16 +17,8 @@ from ..model import Steerling
 from ..steering import alpha_of, amplify_layer, unit
 from .data import Batch
 from .distributed import joined
-from .losses import (
-    compose,
-    express_loss,
-    independence_loss,
-    known_forcing,
-    presence_loss,
-    reconstruction_loss,
-    respond_loss,
-    unknown_forcing,
-)
+from .losses import (compose, express_loss, independence_loss, known_forcing, presence_loss,
+                     reconstruction_loss, respond_loss, unknown_forcing)
 
 # Weights of three losses; presence and respond have weight 1. With express at 0.1 the model learnt
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
