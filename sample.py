@@ -237,7 +237,7 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         print(figures(model, counts, seconds))
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
-    for file, draw in ((args.html, page), (args.svg, animation)):  # last: a disk may be full
+    for file, draw in ((args.html, page), (args.svg, animation)):  # files last
         if file:
             with replacing(file) as partial:
                 partial.write_text(draw(model, tokenizer, labels, steps, prompt,
@@ -301,8 +301,8 @@ def figures(model: Steerling, counts: list[int], seconds: float) -> str:
 
 
 def main() -> None:
-    with one_line_errors("sample.py", "a shorter --max-new-tokens, fewer --num-samples or --dtype "
-                         "bfloat16 need less"):
+    with one_line_errors("sample.py", memory="a shorter --max-new-tokens, fewer --num-samples or "
+                         "--dtype bfloat16 need less"):
         args = parse_args()
         if sys.stdout is not None:  # a terminal that lacks a character gets "?" instead of no text
             sys.stdout.reconfigure(errors="replace")

@@ -4,7 +4,7 @@
     python train_tiny.py --minutes 10 --batch 4 --lr 0.006  # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt                      # on your own text
-    torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or several processes
+    torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
 each of its tokens into <|mask|> with probability t, predict the originals with the block-causal
@@ -49,9 +49,9 @@ from steerling_min.training.resume import STATE, load_state, save_state
 
 STEPS = 12_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
-EMBEDDING_STD = 0.2  # of the first weights of tokens' and known concepts' embeddings
+EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
-STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
+STEER_FROM = 0.5     # injections start after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
 
@@ -67,7 +67,10 @@ SIZES = {  # what differs from Config.tiny()
 
 def plain_step(model: Steerling, optimizer: torch.optim.Optimizer, tokens: Tensor,
                generator: torch.Generator | None = None) -> Tensor:
-    """What training is, and nothing else: hide tokens (B, T), predict them. Returns the loss."""
+    """What training is, and nothing else: hide tokens (B, T), predict them.
+
+    Returns the loss: the mean over the masked tokens.
+    """
     t = noise_levels(*tokens.shape, model.config.diff_block_size, generator)     # (B, T)
     noisy, masked = corrupt(tokens, t, model.config.mask_token_id, generator)    # (B, T) each
     loss = token_loss(model(noisy).logits[masked], tokens, masked, t)
@@ -239,8 +242,8 @@ def parse_args() -> Namespace:
 
 
 def main() -> None:
-    with one_line_errors("train_tiny.py", "a smaller --batch or --size needs less; what was saved "
-                         "before is intact"):
+    with one_line_errors("train_tiny.py", memory="a smaller --batch or --size needs less; what was "
+                         "saved before is intact"):
         args = parse_args()
         if args.evaluate is not None:
             folders = {name: name for name in args.evaluate} or {"bundled": None}

@@ -1,4 +1,4 @@
-"""Attention: who may look at whom (the mask), where they sit (rotary), and the look itself."""
+"""Attention: which positions see which (mask), where they stand (rotary), attention itself."""
 
 from dataclasses import dataclass
 
@@ -65,8 +65,8 @@ class KVCache:
     No query sees beyond the end of its own block. So once the tokens of a block, and of those
     before it, will not change any more, neither will their keys and values. A forward pass given
     a cache runs on the tokens from `length` on, writes their keys and values behind the final
-    ones (over whatever an earlier pass left there) and sees both. Whoever knows which tokens are
-    final moves `length`: see `unmasking.cached_hidden`.
+    ones (over whatever an earlier pass left there) and sees both. The caller, who knows which
+    tokens are final, moves `length`: see `cache.cached_hidden`.
     """
 
     k: Tensor        # (n_layers, B, G, T, d)

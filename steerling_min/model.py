@@ -29,7 +29,8 @@ class Steerling(nn.Module):
     """
 
     def __init__(self, config: Config):
-        """Random weights: N(0, 0.02), what ends a branch scaled by 1/sqrt(2 n_layers), norms 1."""
+        """Random weights: N(0, 0.02); norms 1. The last matrix of each branch, c_proj, is scaled by
+        1/sqrt(2 n_layers)."""
         super().__init__()
         self.config = config
         self.transformer = Backbone(config)
@@ -47,7 +48,7 @@ class Steerling(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations."""
+        """That of the activations (int8 weights have another)."""
         return self.transformer.ln_f.weight.dtype
 
     def forward(self, tokens: Tensor, known: dict[int, float] | None = None,

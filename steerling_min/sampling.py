@@ -20,25 +20,26 @@ class Options:
     steps: int | None = None
     # Instead of steps: commit every position that is at least this sure, 0 to 1, at least one.
     confidence_threshold: float | None = None
-    # The temperature follows each token's entropy, and `temperature` is ignored.
+    # The temperature follows the entropy of each position's distribution; `temperature` is ignored.
     entropy_sampling: bool = True
     # Used without entropy_sampling; 0 is greedy.
     temperature: float = 1.2
     # The nucleus of every draw, 0 to 1.
     top_p: float = 0.8
-    # On all tokens now in the sequence, prompt included; 1 is none.
+    # Applied to every token already in the sequence, prompt included; 1 turns it off.
     repetition_penalty: float = 1.1
     # Classifier-free guidance, away from what the model says when the prompt is masked; 0 is off.
     cfg_scale: float = 0.0
-    # "window", the order of release 0.2; or "global", that of 0.1: all new positions are one
-    # window, and <|endoftext|> may be committed, which ends the sequence after that step.
+    # What is filled at a time. "window": S positions, as in release 0.2 of the official package.
+    # "global": all new positions, as in its release 0.1; then <|endoftext|> may be committed, and
+    # ends the sequence after that step. Within either, the surest position comes first.
     order: str = "window"
     # Cut the windows at the edges of the attention blocks instead of counting from the prompt, so
     # that no window fills the later of two blocks before the earlier is complete.
     align: bool = False
     # Let <|endoftext|> be committed. Like an instruct model's <|eot_id|> it fills all to its right
-    # with <|endoftext|> and ends the sequence; masks to its left stay. Of several in one step the
-    # leftmost counts, after the step's commits.
+    # with <|endoftext|> and ends the sequence; masks to its left stay unwritten. If a step commits
+    # several, all its tokens are put down first, and then the leftmost acts.
     allow_eos: bool = False
     # A sequence ends after a window that brought its new text one of these ids.
     stop_tokens: Sequence[int] = ()
@@ -65,7 +66,7 @@ class Options:
         if self.steps is not None and sure is not None:
             raise ValueError("steps and confidence_threshold exclude each other: give one")
         if self.order == "global" and self.align:
-            raise ValueError("align cuts windows, and order='global' has none: give one")
+            raise ValueError("align cuts windows, and order='global' fills all at once: give one")
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:

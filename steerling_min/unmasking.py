@@ -2,7 +2,7 @@
 
 `unmask_plainly` is the idea, and nothing else. `unmask` is the same loop with everything that makes
 it useful: batches, draws, several tokens per step, guidance, steering, and a cache of what is
-final.
+final. `config.py` has the letters of the shapes.
 """
 
 import secrets
@@ -30,7 +30,7 @@ def unmask_plainly(model: Steerling, prompt: Sequence[int], new: int) -> Tensor:
     sequence, and puts the best token where the model is surest.
     """
     config, mask = model.config, model.config.mask_token_id
-    never = [mask, config.pad_token_id, config.eos_token_id]  # no words of a text
+    never = [mask, config.pad_token_id, config.eos_token_id]  # they are not words
     tokens = torch.tensor([[*prompt, *[mask] * new]])         # (1, T)
     for start in range(len(prompt), len(prompt) + new, config.diff_block_size):
         window = slice(start, start + config.diff_block_size)
@@ -65,12 +65,13 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     The sequence is the prompt and then masks, filled window by window. In each step the masked
     positions of the window where the model is most confident are committed, each with a token
-    sampled from its own distribution. A committed token stays, unless an end of turn to its left
-    ends the text. (A window is what is being filled, a block is who sees whom.)
+    sampled from its own distribution. A committed token is never revised; only an end of turn
+    overwrites what stands to its right. (A window is what is being filled, a block is who sees
+    whom.)
 
-    prompt_tokens: (B, L); L may be 0. Row b equals its own single run. A window lasts until every
-        row still being written has filled it; a row that has ended is asked no more, and its tuples
-        in later steps are empty.
+    prompt_tokens: (B, L); L may be 0. Row b equals its own single run. With a confidence threshold
+        rows fill a window at different speeds; the next window begins when all have. A row that has
+        ended gets no more tokens, and its tuples in later steps are empty.
     max_new_tokens: None is 1024, or what the context has room for.
     steering: push the text toward concepts, or away from them (`steering.py`).
     use_cache: exact block caching; False recomputes everything.
@@ -96,8 +97,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
         for count in counts:
             asked = (tokens == config.mask_token_id) & active[:, None]  # (B, T), where to write
             asked[:, end:] = False
-            # Python waits for a GPU only before the pass; after it, all is queued. (The plain way,
-            # a threshold and a steering wait once more.)
+            # Python waits for a GPU only before the pass; after it, all is queued.
+            # (use_cache=False, a threshold and a steering wait once more each.)
             m = asked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
@@ -129,7 +130,7 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 def schedule(L: int, T: int, S: int, how: Options
              ) -> Iterator[tuple[tuple[int, int], Iterable[int | None]]]:
     """For each window (start, end) of the new positions [L, T): how many tokens each of its steps
-    commits; None, again and again, lets the confidence threshold decide."""
+    commits, or None without end where the confidence threshold decides."""
     spans = [(L, T)] if how.order == "global" else windows(L, T - L, S, how.align)
     for (start, end), s in zip(spans, spread_steps([end - start for start, end in spans],
                                                    how.steps)):
@@ -146,9 +147,9 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
     only when a steering edits them (`Steerer.compose`).
     Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
     time with the prompt, positions [0, L), masked. With the logits c of the first and u of the
-    second, logits = u + (cfg_scale + 1) (c - u); the hidden states are the first run's. All masks
-    are injected, those of the second run's prompt included, whose keys are therefore final only
-    until an injection ends at its cutoff: then the cache is emptied. Suppression comes last.
+    second, logits = u + (cfg_scale + 1) (c - u); the hidden states are the first run's. The second
+    run's prompt is masks, so it is injected too. When an injection ends at its cutoff, the cached
+    keys of that prompt are stale, and the cache is emptied. Suppression comes last.
 
     Raises ValueError when a steering makes logits infinite or not a number.
     """
@@ -182,9 +183,9 @@ class Roles(NamedTuple):
     """Token ids that mean something to the sampler, (n,) int64 each but the last."""
 
     banned: Tensor    # never committed
-    end: Tensor       # a sequence ends after the step that commits one of these
-    end_turn: Tensor  # of those, the ones that turn all to their right into <|endoftext|>
-    stop: Tensor      # a sequence ends when a window with one of these is full
+    end: Tensor       # the sequence ends after the step that commits one of these ...
+    end_turn: Tensor  # ... and these of them also turn all to their right into <|endoftext|>
+    stop: Tensor      # the sequence ends only after the window that has one of these
     eos: int          # <|endoftext|>
 
 

@@ -15,7 +15,8 @@ CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 PROSE = "".join(f"\n{''.join(cell['source'])}\n" for cell in CELLS
                 if cell["cell_type"] == "markdown")
 SECTIONS = re.split(r"^## ", PROSE, flags=re.M)[1:]
-REFRESH = "jupyter nbconvert --to notebook --execute --inplace walkthrough.ipynb"
+REFRESH = ("jupyter nbconvert --to notebook --execute --inplace walkthrough.ipynb "
+           "--ExecutePreprocessor.record_timing=False")
 
 
 def printed(cell):
