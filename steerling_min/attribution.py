@@ -8,6 +8,7 @@ the finished text would answer another question, as it sees tokens that were mas
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,17 +32,21 @@ class Attribution:
     known: Tensor        # (n, k), weight * (embedding . tok_emb[token]), in logits
     unknown_ids: Tensor  # (n, k')
     unknown: Tensor      # (n, k')
-    epsilon: Tensor      # (n,), what the concepts leave over, in logits
+    epsilon: Tensor      # (n,), what the concepts leave unexplained, in logits
 
-    def mass(self) -> Tensor:
-        """(n, 3): the absolute contributions of known concepts, unknown ones, epsilon, summed."""
-        return torch.stack([self.known.abs().sum(1), self.unknown.abs().sum(1),
-                            self.epsilon.abs()], dim=1)
+    def parts(self) -> Tensor:
+        """(n, 3): what known concepts, unknown ones and epsilon add up to. Their sum is the logit.
+        """
+        return torch.stack([self.known.sum(1), self.unknown.sum(1), self.epsilon], dim=1)
 
     def shares(self) -> Tensor:
-        """(n, 3): the mass of known, unknown and epsilon as parts of 1, token by token."""
-        mass = self.mass()
-        return mass / mass.sum(1, keepdim=True).clamp(min=1e-12)
+        """(n, 3): the size of each part over the sum of the three sizes, 0 to 1.
+
+        Known plus unknown is the report's *concept contribution* (arXiv 2608.07594, Eq. 22). Each
+        part is summed before its absolute value is taken.
+        """
+        sizes = self.parts().abs()
+        return sizes / sizes.sum(1, keepdim=True).clamp(min=1e-12)
 
     def __getitem__(self, rows) -> "Attribution":
         """That of some of the tokens: a slice, a mask or indices."""
@@ -85,17 +90,31 @@ def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
     return positions[order], attribute(model, hidden[order], tokens[order], steering)
 
 
-def chunk_attribution(found: Attribution) -> dict[int, float]:
-    """What the known concepts did for some tokens, such as a chunk's: concept -> share of the
-    logits' mass, signed.
+class ChunkAttribution(NamedTuple):
+    """What wrote some tokens together, such as a chunk's, as shares of their logits' mass."""
 
-    Each token's contributions are divided by its total absolute mass, and averaged over the tokens.
+    known: dict[int, float]    # concept -> share, signed; the largest size first
+    unknown: dict[int, float]
+    epsilon: float             # 0 to 1
+
+
+def chunk_attribution(found: Attribution) -> ChunkAttribution:
+    """Which concepts, of both heads, did most for some tokens.
+
+    Each token's contributions are divided by its absolute mass, the sum of the sizes of *all* its
+    single contributions and epsilon. Then they are summed by concept and divided by the number of
+    tokens. (This mass is larger than the parts of `Attribution.shares`, in which contributions of
+    both signs cancel first: the two shares of epsilon differ.)
     """
-    relative = found.known / found.mass().sum(1, keepdim=True)  # (n, k)
-    shares = defaultdict(float)
-    for concept, share in zip(found.known_ids.flatten().tolist(), relative.flatten().tolist()):
-        shares[concept] += share / len(found.tokens)
-    return dict(sorted(shares.items(), key=lambda item: -abs(item[1])))
+    n = len(found.tokens)
+    mass = found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs()  # (n,)
+    heads = []
+    for ids, contributions in ((found.known_ids, found.known), (found.unknown_ids, found.unknown)):
+        shares = defaultdict(float)
+        for c, share in zip(ids.flatten().tolist(), (contributions / mass[:, None]).flatten()):
+            shares[c] += share.item() / n
+        heads.append(dict(sorted(shares.items(), key=lambda item: -abs(item[1]))))
+    return ChunkAttribution(*heads, (found.epsilon.abs() / mass).mean().item())
 
 
 # ---- input tokens -> token -----------------------------------------------------------------------
@@ -131,16 +150,29 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
     return F.pad(((x - baseline) * gradient / steps).sum(-1), (0, len(tokens) - len(seen)))
 
 
+def average_inputs(attributions: Tensor, scope: Tensor) -> Tensor:
+    """What several tokens are due to, together: input attributions (n, T) -> (T,).
+
+    Each token's attributions are divided by their absolute sum over the inputs in scope (T,) bool,
+    such as the prompt; then they are averaged. Inputs out of scope get 0.
+    """
+    inside = attributions * scope
+    return (inside / inside.abs().sum(1, keepdim=True).clamp(min=1e-12)).mean(0)
+
+
 # ---- what a concept does -------------------------------------------------------------------------
 
 
-def promoted(model: Steerling, concept: int, n: int = 10) -> tuple[Tensor, Tensor]:
-    """The tokens that a known concept raises most, and those that it lowers most: (n,) ids each.
+def promoted(model: Steerling, concept: int, n: int = 10, head: str = "known"
+             ) -> tuple[Tensor, Tensor]:
+    """The tokens that a concept raises most, and those that it lowers most: (n,) ids each.
 
-    Raises ValueError for a concept that there is not; so do the two functions below.
+    head: "known" or "unknown". Raises ValueError for a concept that does not exist; so do the two
+    functions below.
     """
-    require_concept("known", concept, model.config.n_concepts)
-    embedding = model.known_head.concept_embedding.weight[concept]
+    table = model.known_head if head == "known" else model.unknown_head
+    require_concept(head, concept, table.n_concepts)
+    embedding = table.embedding(torch.tensor(concept, device=model.device))  # (D,)
     alignment = (model.transformer.tok_emb.weight @ embedding).float()  # (V,)
     return alignment.topk(n).indices, (-alignment).topk(n).indices
 

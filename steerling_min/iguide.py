@@ -63,6 +63,10 @@ class KnownHead(nn.Module):
         predictor = self.concept_predictor.weight[: self.n_concepts]  # (C, D)
         return F.linear(hidden, predictor).float().clamp(-MAX_LOGIT, MAX_LOGIT)
 
+    def embedding(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D), the concepts' embeddings."""
+        return self.concept_embedding.weight[ids]
+
     def features(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids, weights (B, T, k) -> (B, T, D), the weighted sum of concept embeddings."""
         return weighted_sum(self.concept_embedding.weight, ids, weights)
@@ -90,6 +94,10 @@ class UnknownHead(nn.Module):
         z = self.predictor_down(hidden)  # (..., r)
         return F.linear(z, self.predictor_up.weight[: self.n_concepts]).float().clamp(
             -MAX_LOGIT, MAX_LOGIT)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., D): the concepts' r coefficients times the basis."""
+        return self.embedding_basis(self.embedding_coef.weight[ids])
 
     def features(self, ids: Tensor, weights: Tensor) -> Tensor:
         """ids, weights (B, T, k) -> (B, T, D): the weighted sum of the concepts' r coefficients (as

@@ -1,16 +1,19 @@
 """Attribution: contributions of concepts and epsilon add up to the logit of the token committed."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 import torch
-from conftest import close
+from conftest import GOLDEN, close
+from safetensors.torch import load_file
 
 from steerling_min import load, unmask
 from steerling_min.training import world
-from steerling_min.attribution import (activations, attribute, attribute_text, chunk_attribution,
-                                       input_attribution, nearest, promoted)
+from steerling_min.attribution import (Attribution, activations, attribute, attribute_text,
+                                       average_inputs, chunk_attribution, input_attribution,
+                                       nearest, promoted)
 from steerling_min.training.evaluate import tokens_of
 from steerling_min.steering import Steering
 
@@ -98,25 +101,86 @@ def test_under_guidance_the_states_are_those_that_saw_the_prompt(model):
     close(step.hidden[0], hidden[0, step.positions[0]], "not those of the run without the prompt")
 
 
-def test_shares_are_parts_of_one(model, golden):
-    out = model(golden["input_ids"].long()[:1])
-    found = attribute(model, out.hidden[0], torch.arange(40))
-    close(found.shares().sum(1), torch.ones(40), "known + unknown + epsilon")
-    mass = found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs()
-    close(found.shares()[:, 2], found.epsilon.abs() / mass, "absolute mass, so nothing cancels")
-    assert torch.equal(found[3:5].tokens, torch.tensor([3, 4]))
+SMALL = Attribution(  # two tokens, of which the first has contributions of both signs
+    tokens=torch.tensor([7, 8]),
+    known_ids=torch.tensor([[1, 2], [2, 3]]), known=torch.tensor([[3.0, -1.0], [0.0, 1.0]]),
+    unknown_ids=torch.tensor([[5], [5]]), unknown=torch.tensor([[-4.0], [1.0]]),
+    epsilon=torch.tensor([2.0, 2.0]))
 
 
-def test_a_chunks_attribution_averages_relative_contributions(model, golden):
-    out = model(golden["input_ids"].long()[:1])
-    found = attribute(model, out.hidden[0, :6], torch.arange(6))
-    chunk, mass = chunk_attribution(found), found.mass().sum(1)
-    for concept in set(found.known_ids.flatten().tolist()):
-        expected = sum((found.known[i][found.known_ids[i] == concept].sum() / mass[i]).item()
-                       for i in range(6)) / 6
-        assert chunk[concept] == pytest.approx(expected, abs=1e-6)
-    sizes = [abs(share) for share in chunk.values()]
-    assert sizes == sorted(sizes, reverse=True), "the most important first"
+def test_each_part_is_summed_before_its_size_is_taken():
+    close(SMALL.parts(), torch.tensor([[2.0, -4.0, 2.0], [1.0, 1.0, 2.0]]), "known: 3 - 1 = 2")
+    close(SMALL.shares(), torch.tensor([[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]),
+          "the report's Eq. 22: |2|, |-4| and |2| of 8")
+    assert torch.equal(SMALL[1:].tokens, torch.tensor([8]))
+
+
+def test_a_chunks_mass_is_that_of_single_contributions():
+    chunk = chunk_attribution(SMALL)  # masses 3 + 1 + 4 + 2 = 10, and 0 + 1 + 1 + 2 = 4
+    assert chunk.known == pytest.approx({1: 0.15, 3: 0.125, 2: -0.05}) and [*chunk.known] == [
+        1, 3, 2], "signed, the largest first: 3/10 over two tokens"
+    assert chunk.unknown == pytest.approx({5: (-0.4 + 0.25) / 2})
+    assert chunk.epsilon == pytest.approx((0.2 + 0.5) / 2), "not the 0.25 and 0.5 of its shares"
+
+
+RUNS = json.loads((GOLDEN / "attribution" / "attribution.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(GOLDEN / "attribution" / "attribution.safetensors")
+
+
+def by_concept(ids, values, C):
+    """(n, k) -> (n, C): the order of equals does not matter."""
+    return torch.zeros(len(ids), C).scatter(1, ids, values)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parity_of_attributions_with_the_official_package(model, recorded, name):
+    run, config = RUNS[name], model.config
+    steps = list(unmask(model, [run["prompt"]], run["max_new_tokens"], steps=run["steps"],
+                        seed=run["seed"]))
+    positions, found = attribute_text(model, steps)
+    assert positions.tolist() == recorded[f"{name}.positions"].tolist()
+    for head, C in (("known", config.n_concepts), ("unknown", config.n_unknown_concepts)):
+        ours = by_concept(getattr(found, head + "_ids"), getattr(found, head), C)
+        theirs = by_concept(recorded[f"{name}.{head}_ids"], recorded[f"{name}.{head}"], C)
+        close(ours, theirs, f"contributions of {head} concepts at the step of the commit")
+    close(found.epsilon, recorded[f"{name}.epsilon"], "what they leave unexplained")
+
+    chunk = chunk_attribution(found)
+    for ours, theirs in ((chunk.known, "known"), (chunk.unknown, "discovered")):
+        assert {str(c): share for c, share in ours.items()} == pytest.approx(
+            run["chunk"][theirs], abs=1e-5), f"the chunk's {theirs} concepts"
+    assert 100 * chunk.epsilon == pytest.approx(run["chunk_epsilon_percent"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parity_of_input_attributions_with_the_official_package(model, recorded, name):
+    run = RUNS[name]
+    T = len(run["prompt"]) + run["max_new_tokens"]
+    tokens = torch.tensor(run["prompt"] + [model.config.mask_token_id] * run["max_new_tokens"])
+    found = torch.zeros(T, T)  # a row for each new position
+    for step in unmask(model, [run["prompt"]], run["max_new_tokens"], steps=run["steps"],
+                       seed=run["seed"]):
+        for position, token in zip(step.positions[0].tolist(), step.ids[0].tolist()):
+            found[position] = input_attribution(model, tokens, position, token)
+        tokens = step.tokens[0]
+    close(found[recorded[f"{name}.ig_positions"]], recorded[f"{name}.ig"],
+          "integrated gradients on the text as it stood when the token was committed")
+    together = average_inputs(found[len(run["prompt"]):], torch.ones(T, dtype=torch.bool))
+    theirs = torch.zeros(T)
+    for position, score in run["inputs_of_all"].items():
+        theirs[int(position)] = score
+    close(together, theirs, "each token's attributions over their absolute sum, then averaged")
+
+
+def test_inputs_out_of_scope_have_no_part():
+    found = torch.tensor([[1.0, -3.0, 4.0], [2.0, 0.0, 9.0]])
+    prompt = torch.tensor([True, True, False])
+    close(average_inputs(found, prompt), torch.tensor([0.625, -0.375, 0.0]),
+          "(1/4 + 2/2) / 2, (-3/4 + 0) / 2")
 
 
 # ---- input tokens -> token -----------------------------------------------------------------------
@@ -162,6 +226,10 @@ def test_a_concept_promotes_the_tokens_that_its_embedding_points_to(model):
     alignment = model.transformer.tok_emb.weight @ model.known_head.concept_embedding.weight[3]
     assert top.tolist() == alignment.argsort(descending=True)[:4].tolist()
     assert bottom.tolist() == alignment.argsort()[:4].tolist()
+    top, _ = promoted(model, 3, 4, head="unknown")
+    row = model.unknown_head.embedding_basis(model.unknown_head.embedding_coef.weight[3])
+    alignment = model.transformer.tok_emb.weight @ row
+    assert top.tolist() == alignment.argsort(descending=True)[:4].tolist(), "of either head"
 
 
 def test_the_nearest_concepts_exclude_itself_and_padding(model):
