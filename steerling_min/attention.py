@@ -95,8 +95,7 @@ class Attention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.n_kv_heads = config.n_head, config.kv_heads
-        self.head_dim = config.head_dim
-        self.clip_qkv = config.clip_qkv
+        self.head_dim, self.clip_qkv = config.head_dim, config.clip_qkv
         qkv = (self.n_head + 2 * self.n_kv_heads) * self.head_dim
         self.c_attn = nn.Linear(config.n_embd, qkv, bias=False)  # D -> q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)

@@ -6,7 +6,7 @@ the finished text would answer another question, as it sees tokens that were mas
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,8 +53,8 @@ class Attribution:
         return Attribution(*(x[rows] for x in vars(self).values()))
 
 
-def attribute(model: Steerling, hidden: Tensor, tokens: Tensor, steering: Steering | None = None
-              ) -> Attribution:
+def attribute(model: Steerling, hidden: Tensor, tokens: Tensor,
+              steering: Steering | None = None) -> Attribution:
     """What each selected concept, and epsilon, contributed to the logits of tokens.
 
     Args: hidden (n, D), the states that the logits were computed from; tokens (n,) int64, the one
@@ -181,10 +181,8 @@ def nearest(model: Steerling, concept: int, n: int = 5) -> tuple[Tensor, Tensor]
     """The known concepts whose embeddings point most nearly the same way: ids and cosines (n,)."""
     require_concept("known", concept, model.config.n_concepts)
     E = model.known_head.concept_embedding.weight[: model.config.n_concepts].float()
-    cosine = torch.cosine_similarity(E, E[concept][None], dim=-1)
-    cosine[concept] = -torch.inf
-    cosine, ids = cosine.topk(min(n, len(E) - 1))
-    return ids, cosine
+    ids, cosine = resembling(F.normalize(E[concept], dim=-1), F.normalize(E, dim=-1), n + 1)
+    return ids[ids != concept], cosine[ids != concept]
 
 
 @torch.no_grad()
@@ -192,3 +190,37 @@ def activations(model: Steerling, tokens: Tensor, concept: int) -> Tensor:
     """How present a known concept is at each token of a text: (B, T) -> (B, T), 0 to 1."""
     require_concept("known", concept, model.config.n_concepts)
     return model.known_head.logits(model.transformer(tokens))[..., concept].sigmoid()
+
+
+# ---- the training data that a text resembles -----------------------------------------------------
+
+
+@torch.no_grad()
+def embed_chunks(model: Steerling, chunks: Sequence[Sequence[int]]) -> Tensor:
+    """Embed chunks of token ids: (n, D), each the mean of its known features, of length 1.
+
+    Chunks of one length are embedded together. None may be empty.
+    """
+    found = torch.empty(len(chunks), model.config.n_embd)
+    for length in {len(chunk) for chunk in chunks}:
+        rows = [i for i, chunk in enumerate(chunks) if len(chunk) == length]
+        tokens = torch.tensor([list(chunks[i]) for i in rows], device=model.device)
+        found[rows] = model.embed(tokens, "known").float().cpu()
+    return F.normalize(found, dim=-1)
+
+
+def resembling(chunk: Tensor, corpus: Tensor, n: int = 5) -> tuple[Tensor, Tensor]:
+    """The chunks of a corpus most like one chunk: their numbers and cosines, (n,) each.
+
+    Resemblance is no cause: it shows where a text's like was seen in training, not what made the
+    model write it. Args: chunk (D,) and corpus (N, D), from `embed_chunks`.
+    """
+    cosine, ids = (corpus @ chunk).topk(min(n, len(corpus)))
+    return ids, cosine
+
+
+@torch.no_grad()
+def present(model: Steerling, chunk: Sequence[int]) -> set[int]:
+    """The known concepts that the model sees in a chunk: more than half present at some token."""
+    out = model(torch.tensor([list(chunk)], device=model.device))
+    return set(out.known_ids[out.known_logits > 0].tolist())

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .attention import KVCache, block_causal_mask, rotary_tables
 from .block import Block
-from .config import Config
+from .config import Config, require
 from .norm import RMSNorm
 
 
@@ -43,10 +43,9 @@ class Backbone(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         injections = injections or {}
-        for inject_layer in injections:
-            if not 1 <= inject_layer <= self.config.n_layers:
-                raise ValueError(f"inject_layer = {inject_layer} is not a layer; "
-                                 f"layers are 1 to {self.config.n_layers}")
+        for layer in injections:
+            require(1 <= layer <= self.config.n_layers, "inject_layer", layer,
+                    f"1 to {self.config.n_layers}")
         keys = torch.arange(end, device=x.device)  # (Tk,) absolute positions
         queries = keys[start:]                          # (T,)
         mask = block_causal_mask(queries, keys, self.config.diff_block_size)

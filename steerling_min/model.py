@@ -39,8 +39,8 @@ class Steerling(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 ends_branch = name.endswith("c_proj.weight")
-                scale = 1 / math.sqrt(2 * config.n_layers) if ends_branch else 1.0
-                nn.init.normal_(parameter, std=0.02 * scale)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers)
+                                if ends_branch else 0.02)
 
     @property
     def device(self) -> torch.device:
@@ -75,14 +75,13 @@ class Steerling(nn.Module):
         kind: which state, "hidden", "composed", "known" or "unknown". pooling: "mean" over the
         tokens, the "last" or the "first" token, or "none". Raises ValueError for another word.
         """
-        pools = {"mean": lambda x: x.mean(1), "last": lambda x: x[:, -1],
-                 "first": lambda x: x[:, 0], "none": lambda x: x}
-        kinds = ("hidden", "composed", "known", "unknown")
+        kinds, pools = ("hidden", "composed", "known", "unknown"), ("mean", "last", "first", "none")
         require(kind in kinds, "kind", kind, ", ".join(kinds))
         require(pooling in pools, "pooling", pooling, ", ".join(pools))
         if tokens.shape[1] == 0:
             raise ValueError("there are no tokens to embed")
-        return pools[pooling](getattr(self(tokens), kind))
+        x = getattr(self(tokens), kind)  # (B, T, D)
+        return {"mean": x.mean(1), "last": x[:, -1], "first": x[:, 0], "none": x}[pooling]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu",

@@ -8,9 +8,12 @@ Three kinds of edit, which can be combined by `+`:
 
 import math
 from dataclasses import dataclass
+from itertools import starmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .config import Config, require, require_concept
 from .iguide import Decomposition, decompose
@@ -23,9 +26,21 @@ class Injection:
 
     ids: tuple[int, ...]       # their embeddings are summed
     strength: float            # alpha, or the logits that alpha is to be worth
-    layer: int | None = None   # 1-based; None: early for logit units, the middle for raw ones
+    layer: int | None = None   # 1-based; None: early to push toward, the middle to push away
     logit_units: bool = True   # alpha = strength / max_v(tok_emb_v . direction); else = strength
     cutoff_tokens: int | None = None  # stop when so many tokens are committed; None: never
+
+
+class Suppression(NamedTuple):
+    """Lower the logits of the tokens that a known concept promotes, and only theirs."""
+
+    id: int
+    strength: float
+    logit_units: bool = False  # strength logits off the most promoted token; else the factor of
+                               # relu(tok_emb . embedding)
+
+
+UNLEARN, SUPPRESS = -8.0, 4.0  # logits: defaults of `Steering.unlearn`
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Steering:
     """What to do to which concepts. `Steering.amplify(3) + Steering.unlearn(7)` does both."""
 
     injections: tuple[Injection, ...] = ()
-    suppressions: tuple[tuple[int, float], ...] = ()  # (known concept, strength)
+    suppressions: tuple[Suppression | tuple[int, float], ...] = ()
     known: tuple[tuple[int, float], ...] = ()         # interventions: (concept, weight)
     unknown: tuple[tuple[int, float], ...] = ()
     epsilon: str = "drop"                             # under interventions: "drop" or "keep"
@@ -44,41 +59,39 @@ class Steering:
         """The official preset that brings concepts out.
 
         strength is in logits of the token that the direction promotes most, as if it were added to
-        the final state once. (It is added after every layer from `layer` on, and normalised at the
-        end, so the logit moves by about that much.) layer None is min(8, max(1, n_layers // 4)).
+        the final state once. (It is added after every layer from `layer` on, and the sum is
+        normalised at the end: the logit moves by less or more.) layer None is
+        min(8, max(1, n_layers // 4)).
         """
         ids = (ids,) if isinstance(ids, int) else tuple(ids)
         return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))
 
     @classmethod
-    def unlearn(cls, id: int, group: tuple[int, ...] = (), strength: float = -7.0,
-                suppression: float = 20.0, layer: int | None = None) -> "Steering":
-        """The official preset that keeps a concept out.
+    def unlearn(cls, id: int, group: tuple[int, ...] = (), strength: float | None = None,
+                suppression: float | None = None, layer: int | None = None,
+                logit_units: bool = False) -> "Steering":
+        """Keep a concept out.
 
-        The direction of the concept and its group is injected with a negative raw alpha, to the
-        end; the tokens that the concept alone promotes are suppressed. layer None is
-        n_layers // 2, at least 1.
+        The direction of the concept and its group is injected with a negative strength, to the end;
+        the tokens that the concept alone promotes are suppressed. Left out, strength and
+        suppression are UNLEARN and SUPPRESS logits of the most promoted token, which suits any
+        model. Given, they are raw numbers unless logit_units; the official preset, made for the 8B,
+        is -7 and 20. layer None is n_layers // 2, at least 1.
         """
         ids = tuple(dict.fromkeys((id, *group)))
-        return cls(injections=(Injection(ids, strength, layer, False, None),),
-                   suppressions=((id, suppression),))
+        push, lower = ((default if x is None else x, logit_units or x is None)
+                       for x, default in ((strength, UNLEARN), (suppression, SUPPRESS)))
+        return cls(injections=(Injection(ids, push[0], layer, push[1], None),),
+                   suppressions=(Suppression(id, *lower),))
 
     def __add__(self, other: "Steering") -> "Steering":
-        """Both. Raises ValueError when they set one concept's weight or epsilon differently."""
+        """Both. Raises ValueError when only one of two interventions drops epsilon."""
         epsilons = {s.epsilon for s in (self, other) if s.known or s.unknown}
-        for mine, theirs in ((self.known, other.known), (self.unknown, other.unknown)):
-            if {c for c, _ in mine} & {c for c, _ in theirs}:
-                raise ValueError("both steerings set the weight of the same concept")
         if len(epsilons) > 1:
             raise ValueError("one steering keeps epsilon and the other drops it")
         return Steering(self.injections + other.injections, self.suppressions + other.suppressions,
                         self.known + other.known, self.unknown + other.unknown,
                         epsilons.pop() if epsilons else "drop")
-
-
-def unit(directions: Tensor) -> Tensor:
-    """Directions (..., D) divided by their L2 norms."""
-    return directions / directions.norm(dim=-1, keepdim=True)
 
 
 def alpha_of(strength: float | Tensor, directions: Tensor, tok_emb: Tensor) -> Tensor:
@@ -91,9 +104,10 @@ def alpha_of(strength: float | Tensor, directions: Tensor, tok_emb: Tensor) -> T
     return strength / (directions @ tok_emb.T).amax(-1)
 
 
-def amplify_layer(n_layers: int) -> int:
-    """The layer from which amplification injects, unless another is given: early, 8 at most."""
-    return min(8, max(1, n_layers // 4))
+def default_layer(n_layers: int, toward: bool) -> int:
+    """The layer from which to inject, unless another is given: an early one, 8 at most, to push
+    toward a concept; the middle to push away."""
+    return min(8, max(1, n_layers // 4)) if toward else max(1, n_layers // 2)
 
 
 class Steerer:
@@ -112,15 +126,17 @@ class Steerer:
         self.active = None    # at the last call of `switched`
         self.injections = []  # (layer, cutoff_tokens, alpha * direction (D,))
         for injection in steering.injections:
-            direction = unit(embeddings(*injection.ids).sum(0))  # (D,)
-            alpha, layer = injection.strength, max(1, config.n_layers // 2)
+            direction = F.normalize(embeddings(*injection.ids).sum(0), dim=0)  # (D,)
+            alpha = injection.strength
+            layer = injection.layer or default_layer(config.n_layers, toward=alpha > 0)
             if injection.logit_units:
-                alpha, layer = alpha_of(alpha, direction, tok_emb), amplify_layer(config.n_layers)
-            self.injections.append((injection.layer or layer, injection.cutoff_tokens,
-                                    alpha * direction))
+                alpha = alpha_of(alpha, direction, tok_emb)
+            self.injections.append((layer, injection.cutoff_tokens, alpha * direction))
         self.suppression = torch.zeros(len(tok_emb), device=tok_emb.device)  # (V,)
-        for concept, strength in steering.suppressions:
-            self.suppression += strength * (tok_emb @ embeddings(concept)[0]).relu()
+        for concept, strength, logit_units in starmap(Suppression, steering.suppressions):
+            promoted = (tok_emb @ embeddings(concept)[0]).relu()  # (V,)
+            scale = promoted.amax().clamp(min=1e-12) if logit_units else 1.0
+            self.suppression += strength / scale * promoted
 
     def vectors(self, masked: Tensor, committed: Tensor) -> dict[int, Tensor]:
         """What to inject now, {layer: (B, T, D)}, in the model's dtype: at masked positions, while
@@ -161,24 +177,21 @@ def decompose_under(steering: Steering, model: Steerling, hidden: Tensor) -> Dec
 
 def check(steering: Steering, config: Config) -> None:
     """Raise ValueError for what the model does not have, or what is not a number."""
-    used = [(c, "known", config.n_concepts) for c, _ in steering.suppressions + steering.known]
-    used += [(c, "unknown", config.n_unknown_concepts) for c, _ in steering.unknown]
+    known = [c for injection in steering.injections for c in injection.ids]
+    for c in known + [c for c, *_ in steering.suppressions + steering.known]:
+        require_concept("known", c, config.n_concepts)
+    for c, _ in steering.unknown:
+        require_concept("unknown", c, config.n_unknown_concepts)
     for injection in steering.injections:
-        used += [(c, "known", config.n_concepts) for c in injection.ids]
-        if not injection.ids:
-            raise ValueError("an injection needs at least one concept")
-        if injection.layer is not None and not 1 <= injection.layer <= config.n_layers:
-            raise ValueError(f"layer = {injection.layer} is not a layer; "
-                             f"layers are 1 to {config.n_layers}")
-    for concept, kind, n in used:
-        require_concept(kind, concept, n)
+        require(injection.ids, "ids", injection.ids, "at least one concept")
+        require(math.isfinite(injection.strength), "strength", injection.strength, "finite numbers")
+        require(injection.layer is None or 1 <= injection.layer <= config.n_layers, "layer",
+                injection.layer, f"1 to {config.n_layers}")
     require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for kind, edits in (("known", steering.known), ("unknown", steering.unknown)):
         ids = [concept for concept, _ in edits]
         for concept in ids:
             if ids.count(concept) > 1:
                 raise ValueError(f"{kind} concept {concept} is given two weights")
-    values = [v for _, v in steering.suppressions + steering.known + steering.unknown]
-    for value in values + [injection.strength for injection in steering.injections]:
-        if not math.isfinite(value):
-            raise ValueError(f"a strength of {value} is not a finite number")
+    for _, value, *_ in steering.suppressions + steering.known + steering.unknown:
+        require(math.isfinite(value), "strength", value, "finite numbers")

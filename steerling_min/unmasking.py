@@ -6,9 +6,8 @@ final. `config.py` has the letters of the shapes.
 """
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -128,14 +127,14 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
 
 def schedule(L: int, T: int, S: int, how: Options
-             ) -> Iterator[tuple[tuple[int, int], Iterable[int | None]]]:
+             ) -> Iterator[tuple[tuple[int, int], list[int | None]]]:
     """For each window (start, end) of the new positions [L, T): how many tokens each of its steps
-    commits, or None without end where the confidence threshold decides."""
+    commits, or None where the confidence threshold decides (of these, the last may be idle)."""
     spans = [(L, T)] if how.order == "global" else windows(L, T - L, S, how.align)
-    for (start, end), s in zip(spans, spread_steps([end - start for start, end in spans],
-                                                   how.steps)):
-        yield (start, end), (commits_per_step(end - start, s) if how.confidence_threshold is None
-                             else repeat(None))
+    steps = spread_steps([end - start for start, end in spans], how.steps)
+    for (start, end), s in zip(spans, steps):
+        decided = how.confidence_threshold is None
+        yield (start, end), commits_per_step(end - start, s) if decided else [None] * (end - start)
 
 
 def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_scale: float,

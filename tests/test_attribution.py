@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from steerling_min import load, unmask
 from steerling_min.training import world
 from steerling_min.attribution import (Attribution, activations, attribute, attribute_text,
-                                       average_inputs, chunk_attribution, input_attribution,
-                                       nearest, promoted)
+                                       average_inputs, chunk_attribution, embed_chunks,
+                                       input_attribution, nearest, present, promoted, resembling)
 from steerling_min.training.evaluate import tokens_of
 from steerling_min.steering import Steering
 
@@ -250,3 +250,36 @@ def test_a_concept_that_there_is_not_is_named(model, concept):
     for ask in (promoted, nearest, lambda model, c: activations(model, torch.tensor(PROMPT), c)):
         with pytest.raises(ValueError, match=f"known concept {concept} does not exist"):
             ask(model, concept)
+
+
+# ---- the training data that a text resembles -----------------------------------------------------
+
+
+def test_a_chunk_is_embedded_by_its_own_tokens_whatever_stands_beside_it(model):
+    chunks = [PROMPT[0], PROMPT[1][:3], PROMPT[1], [5]]
+    together = embed_chunks(model, chunks)
+    for chunk, embedding in zip(chunks, together):
+        known = model(torch.tensor([chunk])).known[0].mean(0)
+        close(embedding, known / known.norm(), "the mean of its known features, of length 1")
+
+
+def test_the_nearest_chunks_come_first():
+    corpus = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    ids, cosine = resembling(torch.tensor([0.8, 0.6]), corpus, 3)
+    assert ids.tolist() == [2, 0, 1]
+    close(cosine, torch.tensor([0.96, 0.8, 0.6]), "cosines of unit vectors are products")
+    assert len(resembling(corpus[0], corpus, 9)[0]) == 4, "no more than there are"
+
+
+def test_a_chunk_resembles_itself_most(model):
+    corpus = embed_chunks(model, [[7, i, 9, 3] for i in range(20)])
+    for i in range(20):
+        ids, cosine = resembling(corpus[i], corpus, 1)
+        assert ids.tolist() == [i] and cosine.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_concept_is_present_where_it_is_likelier_than_not(model):
+    known = model(torch.tensor([PROMPT[0]]))
+    likely = {c for ids, logits in zip(known.known_ids[0].tolist(), known.known_logits[0].tolist())
+              for c, logit in zip(ids, logits) if logit > 0}
+    assert present(model, PROMPT[0]) == likely and likely

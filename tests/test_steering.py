@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import torch
 from conftest import close
+from torch.nn.functional import normalize
 
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
-from steerling_min.steering import Injection, Steerer, Steering, alpha_of, unit
+from steerling_min.steering import SUPPRESS, UNLEARN, Injection, Steerer, Steering, alpha_of
 from steerling_min.unmasking import asked_logits
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
@@ -17,8 +18,9 @@ PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
 
 def test_parity_of_direction_strength_and_suppression(model, golden):
     embedding = model.known_head.concept_embedding.weight[3]
-    close(unit(embedding), golden["steer.direction_c3"], "the embedding divided by its L2 norm")
-    alpha = alpha_of(8.0, unit(embedding), model.transformer.tok_emb.weight)
+    direction = normalize(embedding, dim=0)
+    close(direction, golden["steer.direction_c3"], "the embedding divided by its L2 norm")
+    alpha = alpha_of(8.0, direction, model.transformer.tok_emb.weight)
     close(alpha, golden["steer.alpha_c3_normalized"].view(()), "8 / max_v(tok_emb_v . direction)")
     steerer = Steerer(Steering(suppressions=((3, 20.0),)), model)
     close(steerer.suppression, golden["steer.relu_suppression_c3"], "20 relu(tok_emb . embedding)")
@@ -39,18 +41,40 @@ def test_every_direction_has_an_alpha_of_its_own():
 
 
 def test_the_presets_are_the_official_ones():
-    amplify, unlearn = Steering.amplify(3), Steering.unlearn(3, group=(5, 3))
+    amplify, unlearn = Steering.amplify(3), Steering.unlearn(3, (5, 3), -7.0, 20.0)
     assert amplify.injections == (Injection((3,), 8.0, None, True, 32),)
     assert amplify.suppressions == ()
     assert unlearn.injections == (Injection((3, 5), -7.0, None, False, None),)
-    assert unlearn.suppressions == ((3, 20.0),), "suppression takes the focal concept only"
+    assert unlearn.suppressions == ((3, 20.0, False),), "suppression takes the focal concept only"
+
+
+def test_unlearning_by_default_is_measured_in_logits_and_so_suits_any_model(model):
+    """Embeddings ten times as large make raw numbers ten times as strong, and logits as strong."""
+    E, concepts = model.transformer.tok_emb.weight, model.known_head.concept_embedding.weight
+    larger = copy.deepcopy(model)
+    larger.known_head.concept_embedding.weight.data *= 10
+    for some in (model, larger):
+        steerer = Steerer(Steering.unlearn(3), some)
+        assert steerer.suppression.max().item() == pytest.approx(SUPPRESS, abs=1e-5), (
+            "so many logits off the token that the concept promotes most")
+        (layer, cutoff, vector), = steerer.injections
+        assert (E @ -vector).max().item() == pytest.approx(-UNLEARN, abs=1e-4)
+        assert (layer, cutoff) == (1, None), "from the middle on, to the end"
+    close(steerer.suppression, SUPPRESS * (E @ concepts[3]).relu() / (E @ concepts[3]).max(),
+          "what the concept lowers is left alone")
+
+
+def test_a_given_strength_is_raw_unless_logit_units_are_asked_for(model):
+    vectors = [Steerer(steering, model).injections[0][2] for steering in (
+        Steering.unlearn(3, strength=UNLEARN, logit_units=True), Steering.unlearn(3))]
+    close(*vectors, "the default is UNLEARN logits")
 
 
 def test_a_raw_strength_is_the_length_of_the_step(model):
     raw = Steerer(Steering.unlearn(3, (4, 9), strength=-7.0), model).injections[0][2]
     assert raw.norm().item() == pytest.approx(7.0, abs=1e-4), "alpha times a unit direction"
     summed = model.known_head.concept_embedding.weight[[3, 4, 9]].sum(0)
-    close(raw, -7 * unit(summed), "away from the sum of the group's embeddings")
+    close(raw, -7 * normalize(summed, dim=0), "away from the sum of the group's embeddings")
 
 
 @pytest.mark.parametrize("n_layers, early, middle", [(1, 1, 1), (4, 1, 2), (16, 4, 8),
@@ -130,8 +154,6 @@ def test_a_strength_beyond_the_numbers_of_the_dtype_is_refused(model):
 
 
 def test_steerings_that_contradict_each_other_are_refused():
-    with pytest.raises(ValueError, match="same concept"):
-        Steering(known=((3, 1.0),)) + Steering(known=((3, 2.0),))
     with pytest.raises(ValueError, match="one steering keeps epsilon"):
         Steering(known=((3, 1.0),)) + Steering(known=((4, 2.0),), epsilon="keep")
     kept = Steering.amplify(1) + Steering(unknown=((4, 2.0),), epsilon="keep")
@@ -146,11 +168,11 @@ def test_steerings_that_contradict_each_other_are_refused():
     (Steering(known=((32, 1.0),)), "known concept 32"),
     (Steering(unknown=((64, 1.0),)), "unknown concept 64 does not exist; ids are 0 to 63"),
     (Steering.amplify(()), "at least one concept"),
-    (Steering.amplify(3, layer=0), "layer = 0 is not a layer; layers are 1 to 2"),
-    (Steering.amplify(3, layer=3), "layer = 3 is not a layer"),
-    (Steering.amplify(3, float("nan")), "nan is not a finite number"),
-    (Steering(known=((3, float("inf")),)), "inf is not a finite number"),
-    (Steering(known=((3, 1.0), (3, 9.0))), "known concept 3 is given two weights"),
+    (Steering.amplify(3, layer=0), "layer = 0 is not supported; supported: 1 to 2"),
+    (Steering.amplify(3, layer=3), "layer = 3 is not supported"),
+    (Steering.amplify(3, float("nan")), "strength = nan is not supported; supported: finite"),
+    (Steering(known=((3, float("inf")),)), "strength = inf is not supported"),
+    (Steering(known=((3, 1.0),)) + Steering(known=((3, 9.0),)), "concept 3 is given two weights"),
     (Steering(unknown=((3, 1.0), (3, 9.0))), "unknown concept 3 is given two weights"),
     (Steering(epsilon="kep"), "epsilon = 'kep' is not supported")])
 def test_what_the_model_does_not_have_is_refused(model, steering, message):

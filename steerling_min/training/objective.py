@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..diffusion import token_loss
 from ..iguide import UnknownHead, top_concepts
 from ..model import Steerling
-from ..steering import alpha_of, amplify_layer, unit
+from ..steering import alpha_of, default_layer
 from .data import Batch, has_concepts
 from .distributed import joined
 from .losses import (compose, express_loss, independence_loss, known_forcing, presence_loss,
@@ -74,10 +75,10 @@ class Objective(nn.Module):
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
-            directions = unit(embedding)  # (C, D); the injection trains them, too
+            directions = F.normalize(embedding, dim=-1)  # (C, D); the injection trains them, too
             per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
             alpha = strength * per_logit[injected] * (injected >= 0)  # (B, T)
-            injections = {amplify_layer(model.config.n_layers):
+            injections = {default_layer(model.config.n_layers, toward=True):
                           alpha[..., None] * directions[injected]}  # (B, T, D)
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
@@ -124,10 +125,12 @@ def unknown_features(head: UnknownHead, hidden: Tensor) -> Tensor:
 
 
 def labelled_features(batch: Batch, embedding: Tensor) -> Tensor:
-    """The sum of the embeddings of the concepts that each token's chunk is labelled with: (B, T, D),
-    0 for special tokens (chunk -1). embedding is (at least C, D)."""
+    """Sum the embeddings of the concepts that each token's chunk is labelled with: (B, T, D).
+
+    It is 0 for special tokens (chunk -1). embedding is (at least C, D).
+    """
     given = batch.labels[..., None] >= 0  # (N, K, 1)
-    sums = (embedding[batch.labels] * given).sum(1)  # (N, D): one for each chunk; few, so it is fast
+    sums = (embedding[batch.labels] * given).sum(1)  # (N, D), one for each chunk
     return torch.cat([sums, sums.new_zeros(1, sums.shape[1])])[batch.chunks]  # row -1 is the last
 
 
