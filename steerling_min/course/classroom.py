@@ -98,7 +98,8 @@ def readme(chosen: list[Exercise], ours: str) -> str:
 def workflow(names: list[str]) -> str:
     """classroom.yml: every second of its parts stands there once for each exercise."""
     parts = read(Path(__file__).with_name("classroom.yml")).split("# for each exercise\n")
-    parts[1::2] = ["".join(part.replace("NAME", name) for name in names) for part in parts[1::2]]
+    parts[1::2] = ["".join(part.replace("NAME", name).replace("UPPER", name.upper())
+                           for name in names) for part in parts[1::2]]
     return "".join(parts).replace("ALL", ",".join(names))
 
 
