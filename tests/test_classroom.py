@@ -130,7 +130,7 @@ def test_a_handout_checks_itself(handed_out, original, tmp_path):
     write(file_of(EXERCISES["norm"], folder), read(file_of(EXERCISES["norm"], original)))
     checked = in_a_process(folder, "check", "norm")
     assert checked.returncode == 0 and "norm: solved" in checked.stdout
-    assert "Blank are mask, rotate, block." in checked.stdout
+    assert "Blank are mask, rotate, block:" in checked.stdout
 
 
 def test_a_handout_has_neither_solutions_nor_a_grader(handed_out):
@@ -237,7 +237,7 @@ ATTEMPTS = {
 FILES = {  # all of norm.py, and the reason
     "renamed": ("class RMSNorm:\n    def my_forward(self, x):\n        return 2 * x\n",
                 "norm.py has no RMSNorm.forward"),
-    "pasted below": ("class RMSNorm:\n    def forward(self, x):\n        raise NotImplementedError\n"
+    "pasted below": ("class RMSNorm:\n    def forward(self, x):\n        raise ValueError\n"
                      "    def forward(self, x):\n        return 2 * x\n", ""),
     "other margins": ("class RMSNorm:\n  def forward(self, x):\n   if x:\n        return 2 * x\n"
                       "   return 0\n", ""),

@@ -16,6 +16,7 @@ from mutants import FORKS, make_copy, pytest_in
 from steerling_min.course import __main__ as course
 from steerling_min.course.exercises import EXERCISES, MODIFICATIONS
 from steerling_min.course.functions import blanked, cut, exchanged, file_of, find, read, write
+from steerling_min.files.cli import one_line_errors
 
 TESTS = Path(__file__).parent
 REPOSITORY = course.ROOT
@@ -276,7 +277,7 @@ def test_needs_more():
 """)
     run("start", "mask")
     code, out, _ = run("check", "norm")
-    assert code == 0 and "norm: solved" in out and "Blank are mask" in out
+    assert code == 0 and "norm: solved" in out and "Blank are mask: go in the order" in out
     assert "1 passed, 1 skipped" in out and "waits for the exercise mask" in out
 
 
@@ -307,6 +308,17 @@ def test_the_list_for_programs_says_all_that_the_tables_say(run):
     assert listed["exercises"] == [e._asdict() for e in EXERCISES.values()]
     assert [m["name"] for m in listed["modifications"]] == list(MODIFICATIONS)
     assert listed["modifications"][1]["changes"] == list(MODIFICATIONS["pre-norm"].changes)
+
+
+def test_a_command_that_meets_a_blank_says_which_and_what_to_do(capfd):
+    """Training and sampling while an exercise is open."""
+    with pytest.raises(SystemExit) as stop, one_line_errors("sample.py", "less"):
+        raise NotImplementedError("exercise: mask")
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "the exercise mask is not written yet" in error and "restore mask" in error
+    with pytest.raises(NotImplementedError), one_line_errors("sample.py", "less"):
+        raise NotImplementedError("an operator that a GPU lacks")
 
 
 # ---- several blanks at once ----------------------------------------------------------------------

@@ -61,7 +61,6 @@ def start(exercise: Exercise) -> None:
     line = find(exercise, text).lineno
     if state(exercise):
         raise ValueError(f"{exercise.name} is {state(exercise)} already: write it, or restore it")
-    KEPT.mkdir(exist_ok=True)
     write(kept(exercise), text)
     write(file, blanked(exercise, text))
     name = exercise.where.split()[1]
@@ -84,8 +83,7 @@ def check(exercise: Exercise) -> None:
     if status == 0:
         print(f"{exercise.name}: solved. At the end of a day, run all tests: pytest")
     if blanks:
-        print(f"Blank are {', '.join(blanks)}. Go in the order of the list: a test\nwaits for what "
-              "comes after its exercise, and fails for want of what comes before.")
+        print(f"Blank are {', '.join(blanks)}: go in the order of the list")
     sys.exit(status)
 
 
@@ -125,8 +123,7 @@ def overview(args: argparse.Namespace) -> None:
     print("\nModifications: change the model, and say first which tests must change\n")
     for m in MODIFICATIONS.values():
         print(f"  {m.name:17} {m.task.split('.')[0]}.")
-    print(f"\npython -m steerling_min.course {'' if HANDED_OUT.is_file() else 'start NAME, '}"
-          "check NAME; show NAME for a modification; --help")
+    print("\npython -m steerling_min.course --help says what to do with them")
 
 
 def show(modification: Modification) -> None:

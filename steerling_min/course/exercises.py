@@ -38,8 +38,7 @@ EXERCISES = {e.name: e._replace(tests=e.tests or f"tests/test_{Path(e.where.spli
     Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30,
              "attention.py, block.py, config.py"),
     # the concept layer
-    Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10,
-             "MAX_LOGIT and rows in iguide.py", IGUIDE),
+    Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10, "MAX_LOGIT and rows", IGUIDE),
     Exercise("unknown-features", "iguide.py UnknownHead.features", 1, 10,
              "KnownHead.features, weighted_sum", IGUIDE),
     Exercise("top-concepts", "iguide.py top_concepts", 2, 20, "KnownHead.logits", IGUIDE),
@@ -68,8 +67,7 @@ EXERCISES = {e.name: e._replace(tests=e.tests or f"tests/test_{Path(e.where.spli
     Exercise("nucleus", "sampling.py nucleus", 1, 15, "arXiv 1904.09751"),
     Exercise("confidence", "sampling.py most_confident", 2, 25, "README, point 4"),
     Exercise("schedule", "sampling.py spread_steps", 3, 30, "commits_per_step, windows"),
-    Exercise("cache", "cache.py cached_hidden", 3, 45,
-             "KVCache in attention.py, from_embeddings in backbone.py"),
+    Exercise("cache", "cache.py cached_hidden", 3, 45, "KVCache, Backbone.from_embeddings"),
     Exercise("sampler", "unmasking.py unmask", 3, 90, "unmask_plainly, asked_logits, sampling.py",
              "tests/test_unmasking.py tests/test_cache.py"),
     # concepts at work

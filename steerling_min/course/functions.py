@@ -17,7 +17,8 @@ def read(file: Path) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """All of the text, or nothing."""
+    """All of the text, or nothing; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     os.replace(partial, file)
