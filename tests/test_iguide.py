@@ -81,7 +81,7 @@ def test_a_long_text_never_has_the_logits_of_all_concepts_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("room", [1, 8, 24, 1000])
-def test_the_top_concepts_are_the_same_however_many_tokens_are_ranked_at_a_time(monkeypatch, room):
+def test_tokens_are_ranked_alike_in_parts_of_any_size(monkeypatch, room):
     monkeypatch.setattr(iguide, "LOGITS", room)
     for head in heads():
         logits, ids = top_concepts(head, HIDDEN)

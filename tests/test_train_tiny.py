@@ -308,7 +308,7 @@ def test_two_processes_take_the_steps_of_one(run, tmp_path, monkeypatch):
     for one, two in zip(*histories):
         assert one.keys() == two.keys() and "independence" in one
         for name in one:
-            assert two[name] == pytest.approx(one[name], abs=1e-5), (
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (
                 f"step {one['step']}: the {name} loss of two processes is not that of one")
 
 

@@ -227,7 +227,7 @@ def scripted_run(model, wishes, new, *more, **options):
                            entropy_sampling=False, **options))
 
 
-def test_end_of_turn_fills_what_is_right_of_it_and_leaves_masks_left_of_it(model, monkeypatch):
+def test_end_of_turn_fills_what_is_right_and_leaves_masks_left_of_it(model, monkeypatch):
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, eot_id=50))
     steps = scripted_run(model, {5: (40, 14.0), 4: (50, 12.0), 2: (41, 10.0)}, 6)
     mask, eos = model.config.mask_token_id, model.config.eos_token_id

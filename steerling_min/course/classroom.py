@@ -50,11 +50,6 @@ def git(folder: Path, *arguments: str) -> str:
                           stdout=subprocess.PIPE, text=True).stdout
 
 
-def export(root: Path, folder: Path) -> None:
-    """Write the repository's files as they were committed: no attempt, and nothing by chance."""
-    git(root, "checkout-index", "--all", f"--prefix={folder.resolve()}/")
-
-
 # ---- handing out ---------------------------------------------------------------------------------
 
 
@@ -66,14 +61,14 @@ def handout(root: Path, args: Namespace) -> None:
     folder, names = args.folder, [e.name for e in chosen]
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
-    export(root, folder)
-    about = readme(chosen, read(folder / "README.md"))
+    # the files as they were committed: no attempt, and nothing that lies about
+    git(root, "checkout-index", "--all", f"--prefix={folder.resolve()}/")
     for path in (folder / name for name in TEACHERS):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for e in chosen:
         write(file_of(e, folder), blanked(e, read(file_of(e, folder))))
     write(folder / ".github" / "workflows" / "classroom.yml", workflow(names))
-    write(folder / "README.md", about)
+    write(folder / "README.md", readme(chosen, read(folder / "README.md")))
     write(folder / "steerling_min" / "course" / HANDED_OUT.name, "\n".join(names) + "\n")
     git(folder, "init", "--quiet", "--template=", "--initial-branch=main")
     git(folder, "add", "--all", "--force")
@@ -106,15 +101,12 @@ def workflow(names: list[str]) -> str:
 def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float) -> Iterator[dict]:
     """A row for each exercise of each submission."""
     with tempfile.TemporaryDirectory() as clean, ThreadPoolExecutor(os.cpu_count()) as pool:
-        export(root, original := Path(clean))
+        git(root, "checkout-index", "--all", f"--prefix={clean}/")
+        original = Path(clean)
         run = cache(partial(run_tests, original, limit))  # equal functions are run once
         right = {e: pool.submit(run, e, function_of(e, original)) for e in chosen}
-        rows = [pool.submit(row, original, folder, e, right[e], run) for folder in folders
-                for e in chosen]
-        try:
-            yield from (one.result() for one in rows)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from pool.map(lambda pair: row(original, *pair, right[pair[1]], run),
+                            [(folder, e) for folder in folders for e in chosen])
 
 
 def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
@@ -157,20 +149,20 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
         shutil.copytree(original, folder)
         file, margin = file_of(exercise, folder), "    " * (exercise.where.count(".") - 1)
         write(file, exchanged(exercise, read(file), indent(function, margin) + "\n"))
-        child = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
-             f"--junitxml={report}", *shlex.split(exercise.tests)],
-            cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL))
-        try:
-            code = child.wait(limit)
-            reason = (f"{file.name} cannot be imported with it" if code == 4 else
-                      f"its tests ended early, with exit code {code}")
-        except subprocess.TimeoutExpired:
-            reason = f"still running after {limit:g} s"
-        child.kill()
-        with suppress(OSError, AttributeError):  # what it started; Windows has no such groups
-            os.killpg(child.pid, signal.SIGKILL)
+        with subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
+                 f"--junitxml={report}", *shlex.split(exercise.tests)],
+                cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)) as child:
+            try:
+                code = child.wait(limit)
+                reason = (f"{file.name} cannot be imported with it" if code == 4 else
+                          f"its tests ended early, with exit code {code}")
+            except subprocess.TimeoutExpired:
+                reason = f"still running after {limit:g} s"
+            child.kill()
+            with suppress(OSError, AttributeError):  # what it started; Windows has no such groups
+                os.killpg(child.pid, signal.SIGKILL)
         with suppress(OSError, ElementTree.ParseError):  # pytest may have come to no report
             outcomes, reason = read_report(report), ""
     return outcomes, reason, time.monotonic() - began
@@ -180,11 +172,11 @@ def read_report(report: Path) -> dict[str, str]:
     """pytest's report of a run: of each test, nothing or the first line that it says."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
+        bad = [x for x in case if x.tag in ("failure", "error", "skipped")]
+        lines = [line[1:].strip() for x in bad for line in (x.text or "").splitlines()
+                 if line.startswith("E ")]
         test = f"{case.get('classname', '').removeprefix('tests.')}::{case.get('name')}"
-        outcomes[test] = ""
-        for bad in (x for x in case if x.tag in ("failure", "error", "skipped")):
-            lines = [x[1:].strip() for x in (bad.text or "").splitlines() if x.startswith("E ")]
-            outcomes[test] = printable([*lines, bad.tag][0])
+        outcomes[test] = printable([*lines, *(x.tag for x in bad), ""][0])
     return outcomes
 
 
