@@ -8,7 +8,7 @@ import pytest
 from steerling_min import load, unmask
 from steerling_min.views.animation import COLOURS, HOLD, SECONDS, animation
 from steerling_min.files.loading import TINY
-from steerling_min.files.labels import Label, Labels, labels_beside
+from steerling_min.files.labels import Label, Labels, load_labels
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,7 +22,7 @@ def run():
 
 def drawn(run, labels=None):
     model, tokenizer, prompt, steps = run
-    labels = labels or labels_beside(TINY, model.config.n_concepts)
+    labels = labels or load_labels(TINY / "concept_labels.csv", model.config)
     return ElementTree.fromstring(animation(model, tokenizer, labels, steps, prompt))
 
 
@@ -51,15 +51,16 @@ def test_a_token_appears_at_its_step(run):
 
 def test_a_token_has_the_colour_of_its_concepts_group(run):
     assert {colour for _, colour, _ in written(drawn(run))} <= set(COLOURS[:3])
-    C = run[0].config.n_concepts
-    one = Labels([Label(c, str(c), "", "only") for c in range(C)], C)
+    C, n_unknown = run[0].config.n_concepts, run[0].config.n_unknown_concepts
+    one = Labels([Label(c, str(c), "", "only") for c in range(C)], C, n_unknown)
     assert {colour for _, colour, _ in written(drawn(run, one))} == {COLOURS[0]}
-    none = drawn(run, Labels([], C))
+    none = drawn(run, Labels([], C, n_unknown))
     assert {colour for _, colour, _ in written(none)} == {"#111"}, "no labels, no groups"
 
 
 def test_nothing_is_loaded_from_elsewhere(run):
     model, tokenizer, prompt, steps = run
-    text = animation(model, tokenizer, labels_beside(TINY, 24), steps, prompt)
+    labels = load_labels(TINY / "concept_labels.csv", model.config)
+    text = animation(model, tokenizer, labels, steps, prompt)
     assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"]
     assert "href" not in text and "script" not in text

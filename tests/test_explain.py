@@ -9,7 +9,7 @@ from steerling_min import load, unmask
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.files.labels import Label, Labels
 
-LABELS = Labels([Label(0, "sea"), Label(9, "afraid")], 24)
+LABELS = Labels([Label(0, "sea"), Label(9, "afraid")], 24, 64)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ def written():
     model, tokenizer = load()
     prompt = tokenizer.encode(PROMPT)
     steps = list(unmask(model, [prompt], NEW, seed=1, align=True))
-    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts)
+    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts,
+                    model.config.n_unknown_concepts)
     return steps, tokenizer, prompt, page(model, tokenizer, labels, steps, prompt)
 
 

@@ -16,6 +16,7 @@ import torch
 
 import sample
 from steerling_min import Config, Steerling, Tokenizer, load
+from steerling_min.attribution import promoted
 from steerling_min.files.loading import TINY
 from steerling_min.unmasking import Step
 
@@ -67,7 +68,8 @@ def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
                            cwd=tmp_path, env=env)
     assert (piped.returncode, piped.stderr) == (0, "")
     heading, texts, figures = parts(piped.stdout)
-    assert "seed 7" in heading and "1,181,056 parameters, float32, on cpu" in heading
+    size = sum(p.numel() for p in load(tiny_folder, "cpu")[0].parameters())
+    assert "seed 7" in heading and f"{size:,} parameters, float32, on cpu" in heading
     assert len(texts) == 1 and texts[0].startswith("abcd ab")
     given = parts(run("--seed", 7).out)
     assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"
@@ -212,11 +214,6 @@ def test_the_same_as_json_for_programs(run):
         assert concept.keys() == {"id", "name", "contribution"}
 
 
-def test_concepts_are_found_with_the_tokens_they_promote(run):
-    out = run("--find", "mood afraid", stdin=Terminal(), model=None, new=None).out
-    assert re.fullmatch(r" +9  afraid \(mood: .+\) promotes ('.+', ){7}'.+'\n", out)
-
-
 def test_continuations_are_scored(run):
     out = run("--score", " sailor lived", "--score", " lived sailor", "--prompt", "The old",
               model=None, new=None).out
@@ -262,6 +259,117 @@ def test_in_global_order_the_text_ends_at_the_first_mask(run, monkeypatch):
     assert "\nab\n---" in run("--seed", 0, "--order", "global").out
 
 
+# ---- searching the concepts ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def search(run, tmp_path):
+    """Search the concepts of the tiny folder's model: search(query) -> what it wrote, by lines.
+
+    labels: the rows of a label file; None, no file.
+    """
+    def search(query, *args, labels=("0,sea,full of ships,known,topic", "1,ships,,known,",
+                                     "2,4,a number,known,", "353,seas,full of ships,unknown,deep",
+                                     "356,ships,,unknown,")):
+        file = tmp_path / "labels.csv"
+        if labels is not None:
+            head = "concept_id,concept_name,concept_description,head,group_name"
+            file.write_text("\n".join((head, *labels)))
+            args = (*args, "--labels", file)
+        result = run("--find", query, *args, stdin=Terminal(), new=None)
+        if result.code == 0:
+            result.lines = result.out.splitlines()
+        return result
+    return search
+
+
+def names(result) -> list[str]:
+    """The concepts of a search: what stands before the tokens they promote."""
+    found = [re.fullmatch(r" *(\d+  .+?) promotes ['\"].+", line) for line in result.lines]
+    return [match[1] for match in found]
+
+
+def test_concepts_are_found_by_their_labels_with_the_tokens_they_promote(search, tiny_folder):
+    result = search("SHIPS")
+    assert names(result) == ["1  ships", "0  sea (topic: full of ships)"], "by name, then by text"
+    model, tokenizer = load(tiny_folder, "cpu")
+    tokens = [repr(tokenizer.decode([i])) for i in promoted(model, 1, 8)[0].tolist()]
+    assert result.lines[0].endswith(" promotes " + ", ".join(tokens)) and result.err == ""
+
+
+def test_discovered_concepts_are_found_when_asked_for(search, tiny_folder):
+    result = search("ships", "--discovered")
+    assert names(result) == ["1  ships", "3  ships (discovered)", "0  sea (topic: full of ships)",
+                             "0  seas (discovered: deep: full of ships)"]
+    model, tokenizer = load(tiny_folder, "cpu")
+    first = promoted(model, 3, 8, head="unknown")[0][0].item()
+    assert f"promotes {tokenizer.decode([first])!r}, " in result.lines[1]
+    assert names(search("topic deep", "--discovered")) == [
+        "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
+
+
+def test_a_concept_is_found_by_its_number(search):
+    assert names(search("16")) == names(search("#16")) == names(search(" 16 ")) == [
+        "16  concept 16"]
+    assert names(search("4")) == ["4  concept 4", "2  4 (a number)"], "the one called so, too"
+    assert names(search("0", "--discovered")) == [
+        "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
+    assert names(search("1000", "--discovered")) == ["1000  discovered 1000"]
+    assert "no label has these words" in refusal(search("1000")), "353 are known"
+
+
+@pytest.mark.parametrize("head, flags, said", [
+    ("known", (), "concept"), ("unknown", ("--discovered",), "discovered")])
+def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tiny_folder, head,
+                                                                     flags, said):
+    model, tokenizer = load(tiny_folder, "cpu")
+    table = model.known_head if head == "known" else model.unknown_head
+    E = table.embedding(torch.arange(table.n_concepts))
+    strengths = E @ model.transformer.tok_emb.weight.T  # (C, V)
+    [token] = tokenizer.encode(" abcd")
+    promoting = (strengths.topk(8).indices == token).any(1)
+    best = strengths[:, token].where(promoting, -torch.inf).argmax().item()
+
+    result = search("ABCD", *flags)
+    assert result.lines.pop(0) == "no label has these words; these concepts promote them:"
+    assert f"{best}  {said} {best}" in names(result)
+    assert all("'abcd'" in line or "' abcd'" in line for line in result.lines)
+    assert len(result.lines) <= 20
+    assert any("discovered" in name for name in names(result)) == (head == "unknown")
+
+
+def test_no_more_than_20_are_listed(search):
+    result = search("sea", labels=[f"{i},sea {i},," for i in range(45)])
+    assert result.lines.pop() == "and 25 more: rarer words find fewer"
+    assert names(result) == [f"{i}  sea {i}" for i in range(20)]
+
+
+def test_a_search_that_finds_nothing_says_what_there_is(search):
+    said = refusal(search("xyzzy"))
+    assert "--find xyzzy: no label has these words, and no concept promotes one of them" in said
+    assert "; 3 of 353 known concepts have labels" in said
+    assert "; the 8B's come with: hf download" in refusal(search("xyzzy", labels=None))
+    for nothing in ("", "  "):
+        assert "--find: give words to look for, or a concept's number" in refusal(search(nothing))
+
+
+def test_names_from_a_file_stay_on_their_line(search):
+    result = search("sea", labels=['0,"sea\n\x1b[2J",' + "x" * 500 + ",,"])
+    assert len(result.lines) == 1 and "\x1b" not in result.out and len(result.out) < 400
+    assert r"sea\n\x1b[2J (xxx" in result.out
+    assert "Xyz\\n\\x1b[2J" in refusal(search("Xyz\n\x1b[2J"))
+
+
+def test_where_names_would_be_shown_a_line_says_how_to_get_them(run, search):
+    line = ("no labels, so concepts go by their numbers; the 8B's come with: hf download "
+            "guidelabs/steerling concept_labels.parquet")
+    for result in (run("--explain"), run("--json"), search("3", labels=None)):
+        assert result.code == 0 and result.err.count(line) == 1 and "--labels FILE\n" in result.err
+    assert run().err == run("--steer", "3=1").err == search("3").err == ""
+    assert "no concept is called 'sea': there are no labels; the 8B's" in refusal(
+        run("--steer", "sea=3"))
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
@@ -296,11 +404,13 @@ def refusal(result) -> str:
     (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
     (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
-    (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
+    (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 352"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
     (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
+    (["--steer", "sea\n\x1b[2J" + "a" * 5000], "--steer sea\\n\\x1b[2Jaaa"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
+    (["--discovered"], "--discovered is for --find: give both"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
     (["--score", ""], "the text to score is empty"),
     (["--suppression", "-20"], "--suppression -20: must be 0 or more"),
@@ -314,7 +424,8 @@ def test_a_wrong_argument_is_one_line(run, options, message):
     assert message in refusal(run(*options))
 
 
-def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch):
+def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch,
+                                                            without_hub):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert "hf download guidelabs/steerling-8b" in refusal(run("--model", "guidelabs/steerling-8b"))
 

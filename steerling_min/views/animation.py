@@ -24,12 +24,12 @@ def animation(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seq
     it; until then its place is grey.
     """
     explained = explain(model, tokenizer, labels, steps, 0, steering)["tokens"]
-    groups = sorted({label.group for label in labels.by_id.values()} - {""})
+    groups = sorted({label.group for label in labels.known.values()} - {""})
     colour = dict(zip(groups, COLOURS))
     pieces = [(tokenizer.decode([i], specials=True), None, "#111") for i in prompt]
     for token in explained:
         best = max(token["concepts"], key=lambda c: c["contribution"], default=None)
-        group = labels.by_id[best["id"]].group if best and best["id"] in labels.by_id else ""
+        group = labels.known[best["id"]].group if best and best["id"] in labels.known else ""
         pieces.append((token["text"], token["step"], colour.get(group, "#111")))
     x, y, marks = 0, 1, []
     for text, step, fill in pieces:
