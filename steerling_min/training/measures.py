@@ -146,8 +146,7 @@ def alignment(model: Steerling, tokenizer: Tokenizer, lifted: Tensor) -> tuple[f
     for concept in range(len(CONCEPTS)):
         best = promoted(model, concept, 10)[0].tolist()
         if concept in WORDS:
-            first = {tokenizer.encode(" " + word)[0] for word in WORDS[concept].split()}
-            words.append(best[0] in first)
+            words.append(tokenizer.decode(best[:1]).strip() in WORDS[concept].split())
         else:
             fitting += lifted[concept, best].tolist()
     return share(words), share(fitting)
