@@ -29,7 +29,7 @@ from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.views.page import page
-from steerling_min.views.watch import watch
+from steerling_min.views.watch import live, watch
 
 NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or show concepts' names
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
@@ -169,7 +169,7 @@ def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str) -> 
                          f"{labels.n_concepts} concepts have a label")
     for label in hits:
         tokens, _ = promoted(model, label.id, 8)
-        words = ", ".join(repr(tokenizer.decode([t], specials=True)) for t in tokens.tolist())
+        words = ", ".join(map(tokenizer.quoted, tokens.tolist()))
         about = ": ".join(part for part in (label.group, label.description) if part)
         print(f"{label.id:>6}  {label.name} ({about}) promotes {words}")
 
@@ -234,7 +234,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         print_json(tokenizer, steps[-1], explained, args)
     else:
         print_texts(tokenizer, steps[-1], explained, args)
-        print(figures(model, counts, seconds))
+        print(figures(model, counts, seconds)
+              + (", slowed down for --watch" if args.watch and live(sys.stdout) else ""))
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # files last

@@ -26,6 +26,7 @@ class Label(NamedTuple):
     description: str = ""
     group: str = ""  # concepts that belong together, such as all moods
     type: str = ""   # content, entity, tone or document, as in the data set FineWeb Atlas
+    head: str = "known"
 
 
 def words_of(text: str) -> set[str]:
@@ -36,12 +37,17 @@ class Labels:
     """The names of a model's known concepts; a concept without a label goes by its number."""
 
     def __init__(self, labels: Iterable[Label], n_concepts: int):
-        self.by_id = {label.id: label for label in labels}
+        self.known, self.unknown = {}, {}
+        for label in labels:
+            getattr(self, label.head)[label.id] = label
+        self.by_id = self.known
         self.n_concepts = n_concepts
 
-    def name(self, concept: int) -> str:
-        """A concept's name, or "concept 123" where it has none."""
-        return self.by_id[concept].name if concept in self.by_id else f"concept {concept}"
+    def name(self, concept: int, head: str = "known") -> str:
+        """A concept's name, or "concept 123" ("discovered 123") where it has none."""
+        if concept in getattr(self, head):
+            return getattr(self, head)[concept].name
+        return f"{'concept' if head == 'known' else 'discovered'} {concept}"
 
     def find(self, query: str) -> list[Label]:
         """Labels with every word of the query in name or description, those by name first."""
