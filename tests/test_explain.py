@@ -125,6 +125,7 @@ step  sure  token        logit = known  disc.   eps.
    1   50%  '\u00e9'            5.0 =   0.5 +  2.0 +  2.5  ~ 'c' 'a' 'b' +1.0, concept 2 +0.5
    0   50%  chunk's end    6.0 =  -3.0 +  8.0 +  1.0  ~ 'c' 'a' 'b' +8.0, concept 2 -3.0
    1   75%  'b'            3.5 =   4.0 -  1.0 +  0.5  calm +6.0, ~ 'c' 'a' 'b' -1.0
+chunks: those that did most, in percent of the sizes of all single contributions
 chunk 1: 'a\u00e9'
   known       Hugo +24.6%
   discovered  ~ 'c' 'a' 'b' +28.1%

@@ -120,6 +120,7 @@ def print_explanation(explained: dict, top: int = 3) -> None:
         print(fit(f"{token['step']:4}  {token['confidence']:4.0%}  {text:{width}}  "
                   f"{token['logit']:5.1f} = {total}  ",
                   token["concepts"][:top], "contribution", "+.1f"))
+    print("chunks: those that did most, in percent of the sizes of all single contributions")
     for number, chunk in enumerate(explained["chunks"], start=1):
         print(f"chunk {number}: {chunk['text'].strip()!r}"[:COLUMNS])
         for head in PARTS[:2]:
