@@ -30,7 +30,7 @@ from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.views.page import page
-from steerling_min.views.watch import watch
+from steerling_min.views.watch import live, watch
 
 SHOWING = ("explain", "json", "html", "svg")  # options that show concepts' names
 MOST = 20  # concepts that --find lists
@@ -213,7 +213,7 @@ def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str,
 def print_concept(model: Steerling, tokenizer: Tokenizer, labels: Labels, label: Label) -> None:
     """One line: a concept's number, name, group and description, and the tokens it promotes."""
     tokens, _ = promoted(model, label.id, 8, head=label.head)
-    words = ", ".join(repr(tokenizer.decode([t], specials=True)) for t in tokens.tolist())
+    words = ", ".join(map(tokenizer.quoted, tokens.tolist()))
     kind = "discovered" if labels.unknown.get(label.id) == label else ""  # else the name says so
     about = ": ".join(part for part in (kind, label.group, label.description) if part)
     print(f"{label.id:>6}  {printable(label.name)}{f' ({printable(about, 160)})' if about else ''} "
@@ -302,7 +302,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         print_json(tokenizer, steps[-1], explained, args)
     else:
         print_texts(tokenizer, steps[-1], explained, args)
-        print(figures(model, counts, seconds))
+        print(figures(model, counts, seconds)
+              + (", slowed down for --watch" if args.watch and live(sys.stdout) else ""))
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # files last

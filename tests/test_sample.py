@@ -194,24 +194,33 @@ def test_a_page_and_an_animation_are_written(run, tmp_path):
 
 def test_every_token_is_explained(run):
     out = run("--seed", 1, "--explain", model=None, new=6).out
-    rows = re.findall(r"^ +(\d+) +\d+%  '.+?' +-?[\d.]+  \w+ [+-][\d.]+, ", out, re.M)
-    assert sorted(map(int, rows)) == list(range(6)), "six tokens, each with the step it came in"
-    shares = re.search(r"known ([\d.]+)%, unknown ([\d.]+)%, epsilon ([\d.]+)%", out)
+    row = r"^ +(\d+) +\d+%  .+? +-?[\d.]+ = +-?[\d.]+( [+-] +[\d.]+){2}  .+ [+-][\d.]+$"
+    rows = re.findall(row, out, re.M)
+    assert sorted(int(step) for step, _ in rows) == list(range(6)), "each with its step"
+    shares = re.search(r"known ([\d.]+)%, discovered ([\d.]+)%, epsilon ([\d.]+)%", out)
     assert sum(map(float, shares.groups())) == pytest.approx(100, abs=0.2)
 
 
 def test_the_same_as_json_for_programs(run):
-    result = run("--seed", 1, "--explain", "--json", "--num-samples", 2, model=None, new=6)
+    result = run("--seed", 1, "--explain", "--json", "--num-samples", 2, "--prompt", "caf\u00e9",
+                 model=None, new=6)
     found = json.loads(result.out)
     assert found["seed"] == 1 and len(found["samples"]) == 2
     for text in found["samples"]:
         written = "".join(token["text"] for token in text["tokens"])
         assert written.replace("<|endofchunk|>", "\n") in text["text"]
         assert sorted(token["step"] for token in text["tokens"]) == list(range(6))
-        assert sum(text["shares"].values()) == pytest.approx(1, abs=1e-5)
-        assert text["unwritten"] == 0
-        concept = text["tokens"][0]["concepts"][0]
-        assert concept.keys() == {"id", "name", "contribution"}
+        assert text.keys() == {"text", "unwritten", "tokens", "chunks", "shares"}
+        concepts = text["tokens"][0]["concepts"]
+        assert {concept["head"] for concept in concepts} == {"known", "discovered"}
+        assert all({"head", "id", "name", "contribution"} <= concept.keys() for concept in concepts)
+        assert text["chunks"] and text["unwritten"] == 0
+
+
+def test_the_figures_say_that_a_watched_text_was_slowed_down(run, monkeypatch):
+    assert "slowed" not in run("--watch").out, "no terminal, no pause"
+    monkeypatch.setattr(sample, "live", lambda out: True)
+    assert run("--watch").out.endswith(", slowed down for --watch\n")
 
 
 def test_continuations_are_scored(run):
