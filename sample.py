@@ -26,13 +26,17 @@ from steerling_min.files.cli import Parser, one_line_errors, printable
 from steerling_min.files.labels import GET_LABELS, Label, Labels, load_labels
 from steerling_min.files.loading import find_labels
 from steerling_min.files.writing import replacing
+from steerling_min.steering import SUPPRESS
 from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.views.page import page
+from steerling_min.views.resemblance import (print_resemblances, resemblances, texts_of_file,
+                                             texts_of_world)
 from steerling_min.views.watch import live, watch
 
-SHOWING = ("explain", "json", "html", "svg")  # options that show concepts' names
+SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show concepts' names
+WORLD = Path()  # stands for the tiny world's stories
 MOST = 20  # concepts that --find lists
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
@@ -63,11 +67,11 @@ def parser() -> Parser:
     add = p.add_argument_group("concepts").add_argument
     add("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
         help="by name or number, several times; above 0: bring it out, so many logits strong (8 is "
-        "usual); below 0: keep it out (-7). A group, by its name or as A+B, is steered along the "
+        "usual); below 0: keep it out (-4). A group, by its name or as A+B, is steered along the "
         "sum of its directions")
-    add("--suppression", type=float, default=20.0, metavar="X", help="how much --steer below 0 "
-        "also lowers the tokens that the concept, of a group the first one, promotes (default: 20, "
-        "made for the 8B; with the tiny model use 0)")
+    add("--suppression", type=float, default=SUPPRESS, metavar="X", help="how many logits --steer "
+        "below 0 also takes off the token that the concept, of a group the first one, promotes "
+        f"most, and off others in proportion (default: {SUPPRESS:g})")
     add("--explain", action="store_true", help="what each token is due to")
     add("--find", metavar="WORDS", help="write nothing; search the known concepts: by their "
         "labels, else by a token that they promote; or a number")
@@ -75,6 +79,10 @@ def parser() -> Parser:
     add("--labels", type=Path, metavar="FILE", help="names of the concepts, .csv or .parquet "
         "(default: STEERLING_CONCEPTS_PATH, else concept_labels beside the checkpoint, else, for "
         "the 8B, in the hub's cache)")
+
+    add("--resembles", type=Path, nargs="?", const=WORLD, metavar="FILE", help="the training "
+        "chunks that each chunk of the (first) text is most like: FILE's, as train_tiny.py --text "
+        "reads it (default: the tiny world's stories)")
 
     add = p.add_argument_group("output").add_argument
     add("--watch", action="store_true", help="see the text being unmasked")
@@ -176,7 +184,8 @@ def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steerin
                                  "strength already")
         seen.update(ids)
         one = (Steering.amplify(ids, strength) if strength >= 0
-               else Steering.unlearn(concept, tuple(group), strength, suppression))
+               else Steering.unlearn(concept, tuple(group), strength, suppression,
+                                     logit_units=True))
         steering = one if steering is None else steering + one
     return steering
 
@@ -298,12 +307,20 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
 
     explained = [explain(model, tokenizer, labels, steps, row, steering)
                  for row in range(args.num_samples) if args.explain or args.json]
+    like = []
+    if args.resembles:
+        corpus = texts_of_world(model) if args.resembles == WORLD else texts_of_file(args.resembles)
+        like = resemblances(model, tokenizer, labels, steps[-1].tokens[0].tolist(), corpus)
     if args.json:
+        if like:
+            explained[0]["resembles"] = like
         print_json(tokenizer, steps[-1], explained, args)
     else:
         print_texts(tokenizer, steps[-1], explained, args)
         print(figures(model, counts, seconds)
               + (", slowed down for --watch" if args.watch and live(sys.stdout) else ""))
+        if like:
+            print_resemblances(like)
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # files last

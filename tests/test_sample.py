@@ -294,7 +294,7 @@ def search(run, tmp_path):
 
 def names(result) -> list[str]:
     """The concepts of a search: what stands before the tokens they promote."""
-    found = [re.fullmatch(r" *(\d+  .+?) promotes ['\"].+", line) for line in result.lines]
+    found = [re.fullmatch(r" *(\d+  .+?) promotes \S.+", line) for line in result.lines]
     return [match[1] for match in found]
 
 
@@ -416,7 +416,7 @@ def refusal(result) -> str:
     (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 352"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
-    (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
+    (["--steer", "3=-7", "--suppression", "nan"], "strength = nan is not supported"),
     (["--steer", "sea\n\x1b[2J" + "a" * 5000], "--steer sea\\n\\x1b[2Jaaa"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
     (["--discovered"], "--discovered is for --find: give both"),

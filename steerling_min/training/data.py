@@ -142,8 +142,7 @@ class Texts:
         """Raises ValueError or OSError with one line that names the file (and line) and what is
         wrong; T is the window's length, below which no text is enough."""
         self.seed = seed
-        documents = [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
-                     for file in files]
+        documents = read_documents(files)
         names = {name for document in documents for _, concepts in document for name in concepts}
         self.labels = [Label(i, name) for i, name in enumerate(sorted(names))]
         ids = {label.name: label.id for label in self.labels}
@@ -165,6 +164,11 @@ class Texts:
     def held_out(self, B: int, T: int) -> Batch:
         starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
         return cut(self.rest, starts, T)
+
+
+def read_documents(files: Sequence[Path]) -> list[list[tuple[str, list[str]]]]:
+    """A document for each file: its chunks, each a text and the names of its concepts."""
+    return [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file) for file in files]
 
 
 def read_text(file: Path) -> list[tuple[str, list[str]]]:
