@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from steerling_min import Config, Steerling
 from steerling_min.checkpoint import replacing
@@ -41,16 +41,18 @@ from steerling_min.diffusion import corrupt, noise_levels
 from steerling_min.distributed import RANK, WORLD, agreed
 from steerling_min.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.labels import write_labels
-from steerling_min.losses import lifted_tokens
+from steerling_min.losses import lift_weights
 from steerling_min.model import pick_device
 from steerling_min.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.resume import STATE, load_state, save_state
+from steerling_min.steering import unit
 from steerling_min.tokenizer import RANK_FILE
 
 STEPS = 12_000       # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # of the first weights of tokens' and known concepts' embeddings
-DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
+CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
+DROPOUT = 0.25       # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 STEER_FROM = 0.5     # concepts are injected in what comes after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
@@ -79,6 +81,16 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     nn.init.normal_(model.transformer.tok_emb.weight, std=EMBEDDING_STD)
     nn.init.normal_(model.known_head.concept_embedding.weight, std=EMBEDDING_STD)
     return model
+
+
+@torch.no_grad()
+def start_concepts(model: Steerling, lift: Tensor) -> None:
+    """Let every known concept's embedding begin in the direction of the tokens that it lifts, of
+    length CONCEPT_NORM. lift (C, V); a concept that lifts nothing is left as it is."""
+    directions = lift @ model.transformer.tok_emb.weight  # (C, D)
+    given = directions.any(1)
+    embedding = model.known_head.concept_embedding.weight[: len(lift)]
+    embedding[given] = CONCEPT_NORM * unit(directions[given])
 
 
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
@@ -111,7 +123,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
-    injected, strength = draw_injections(batch, generator)
+    injected, strength = draw_injections(batch, corpus.injected, generator)
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
@@ -136,8 +148,10 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     if args.compile:
         model.transformer.compile()
     counted, _ = corpus.windows("counted", 200, config.block_size)
-    lifted = lifted_tokens(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
-    objective = Objective(model, args.without, lifted)
+    lift = lift_weights(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
+    if step == 0:
+        start_concepts(model, lift)
+    objective = Objective(model, args.without, lift)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
     held_out, first, recent = corpus.held_out(8, config.block_size), step, {}
