@@ -459,8 +459,8 @@ def test_the_bundled_model_is_the_trained_one():
 
 
 def test_another_worlds_model_is_refused(tmp_path):
-    model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=17))
+    model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=29))
     model.save_pretrained(tmp_path)
     TOKENIZER.save(tmp_path / RANK_FILE)
-    with pytest.raises(ValueError, match="not trained on the tiny world's stories; its 17 con"):
+    with pytest.raises(ValueError, match="not trained on the tiny world's stories; its 29 con"):
         evaluate.evaluate(str(tmp_path), "cpu")

@@ -269,9 +269,9 @@ def token(word):
 def test_a_words_concept_is_aligned_when_it_promotes_the_word_most():
     best = {concept: [token(" " + word.split()[0]), 3] for concept, word in WORDS.items()}
     assert aligned(best)[0] == 1.0
-    wrong = {"robot": [token(" orbit"), token(" robot")],  # second is not most
+    wrong = {"robot": [token(" led"), token(" robot")],  # second is not most
              "paper map": [token(" glass")],
-             "wind": []}
+             "waves": []}
     best |= {CONCEPT_IDS[word]: tokens for word, tokens in wrong.items()}
     n = len(WORDS)
     assert aligned(best)[0] == pytest.approx((n - 3) / n), f"{list(wrong)} are not aligned"

@@ -27,7 +27,7 @@ from ..steering import Steering
 from ..unmasking import generate
 from . import world
 from .data import Batch, count_tokens, endless_stories, pack
-from .losses import lifted_tokens
+from .losses import lift_weights
 from .measures import (alignment, contribution, detection, in_named_words, look, separation,
                        share)
 from .world import CONCEPTS, TOPICS, WORDS, Story, hero_of, recognise, split_sentences
@@ -177,7 +177,7 @@ def concepts(model: Steerling, tokenizer: Tokenizer, n: int, counted: int) -> di
     stream = pack(endless_stories(HELD_OUT), tokenizer, enough=counted)
     named = in_named_words(stream, tokenizer)
     clean, light, half, uniform = (look(model, stream, named, t, n) for t in (0, 0.15, 0.5, None))
-    lifted = lifted_tokens(count_tokens(stream, config.n_concepts, config.vocab_size))
+    lifted = lift_weights(count_tokens(stream, config.n_concepts, config.vocab_size)) > 0
 
     area, left_out = detection(clean.present, clean.labels)
     known, unknown, epsilon = contribution(uniform.parts)
