@@ -12,13 +12,14 @@ unknown features from a detached hidden state: they shape that head alone, not t
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
 hidden state itself: whatever the heads add, epsilon takes away. The token loss then sends no
-gradient at all to them, and nothing would make predictions *go through* concepts. Residual
-dropout does: it leaves epsilon out of some windows. Teacher forcing keeps predictions sensible there while the known head still has to
-learn: the true labels' features stand in for the predicted ones. Both are in `compose`.
+gradient at all to them, and nothing would make predictions *go through* concepts. Residual dropout
+does: it leaves epsilon out of some windows. Teacher forcing keeps predictions sensible there while
+the known head still has to learn: the true labels' features stand in for the predicted ones. Both
+are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for three of them (`objective.py`). Letters: B windows (stretches of T tokens of the
+are 1, but for four of them (`objective.py`). Letters: B windows (stretches of T tokens of the
 stream of stories; not those that the sampler fills), D width, C known concepts, N chunks, V
 vocabulary.
 """
@@ -87,8 +88,8 @@ def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
 
     Columns are centred over all M tokens, the masked ones. K^T U is left a sum over tokens, not a
     mean; its sum of squares is divided by D^2 (M - 1), or D^2 if M = 1. Means, M and K^T U are
-    those of all processes. The known side is detached: the unknown features are to move away, not the labelled
-    ones.
+    those of all processes. The known side is detached: the unknown features are to move away, not
+    the labelled ones.
     """
     K, U, D = known.detach(), unknown, known.shape[1]
     M = total(K.new_tensor(float(len(K))))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .data import Batch, has_concepts
 from .diffusion import token_loss
 from .iguide import UnknownHead, top_concepts
-from .losses import (alignment_loss, compose, express_loss, independence_loss, known_forcing, presence_loss,
-                     reconstruction_loss, respond_loss, unknown_forcing)
+from .losses import (alignment_loss, compose, express_loss, independence_loss, known_forcing,
+                     presence_loss, reconstruction_loss, respond_loss, unknown_forcing)
 from .model import Steerling
 from .steering import alpha_of, amplify_layer, unit
 

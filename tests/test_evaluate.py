@@ -75,8 +75,8 @@ def test_every_measure_has_a_row(capsys):
 
 
 def test_another_worlds_model_is_refused(tmp_path):
-    model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=17))
+    model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=30))
     model.save_pretrained(tmp_path)
     STORIES.tokenizer.save(tmp_path / RANK_FILE)
-    with pytest.raises(ValueError, match="not trained on the tiny world's stories; its 17 conc"):
+    with pytest.raises(ValueError, match="not trained on the tiny world's stories; its 30 conc"):
         evaluate.evaluate(str(tmp_path), "cpu")

@@ -9,10 +9,10 @@ from conftest import CONFIG
 
 from steerling_min import Steerling
 from steerling_min.data import Batch, has_concepts
-from steerling_min.losses import (alignment_loss, compose, independence_loss, known_forcing, presence_loss,
-                                  reconstruction_loss)
-from steerling_min.objective import (ALIGNMENT, EXPRESS, INDEPENDENCE, INJECTED, PARTS, RECONSTRUCTION,
-                                     STRENGTHS, Draws, Objective, draw_injections,
+from steerling_min.losses import (alignment_loss, compose, independence_loss, known_forcing,
+                                  presence_loss, reconstruction_loss)
+from steerling_min.objective import (ALIGNMENT, EXPRESS, INDEPENDENCE, INJECTED, PARTS,
+                                     RECONSTRUCTION, STRENGTHS, Draws, Objective, draw_injections,
                                      labelled_features)
 from steerling_min.steering import Steerer, Steering
 
@@ -101,7 +101,7 @@ def test_what_the_heads_supply_does_not_depend_on_which_windows_keep_epsilon(mod
 
 
 def test_the_state_without_epsilon_is_what_the_heads_say(model):
-    """At full progress: a tenth the labels' features, the rest predicted; the unknown side as is."""
+    """At full progress: a tenth of the labels' features, the rest predicted; unknown as is."""
     parts = model(NOISY)
     labelled = labelled_features(BATCH, model.known_head.concept_embedding.weight)
     composed = torch.lerp(parts.known, labelled, 0.1) + parts.unknown
@@ -215,7 +215,8 @@ def test_without_labels_only_the_supervised_losses_are_off(model):
 def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end():
     seen = set()
     for seed in range(100):
-        injected, strength = draw_injections(BATCH, torch.ones(8), torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        injected, strength = draw_injections(BATCH, torch.ones(8), generator)
         assert STRENGTHS[0] <= strength.min() and strength.max() <= STRENGTHS[1]
         for n in range(4):
             b = int((BATCH.chunks[1] == n).any())
