@@ -67,7 +67,7 @@ def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
                            cwd=tmp_path, env=env)
     assert (piped.returncode, piped.stderr) == (0, "")
     heading, texts, figures = parts(piped.stdout)
-    assert "seed 7" in heading and "1,181,056 parameters, float32, on cpu" in heading
+    assert "seed 7" in heading and "1,324,416 parameters, float32, on cpu" in heading
     assert len(texts) == 1 and texts[0].startswith("abcd ab")
     given = parts(run("--seed", 7).out)
     assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"
@@ -296,7 +296,7 @@ def refusal(result) -> str:
     (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
     (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
-    (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
+    (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 293"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
     (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
