@@ -413,7 +413,7 @@ def refusal(result) -> str:
     (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
     (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
-    (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 352"),
+    (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 293"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
     (["--steer", "3=-7", "--suppression", "nan"], "strength = nan is not supported"),

@@ -101,6 +101,17 @@ def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
     assert draws(1.0, ["steering"]).injected is None
 
 
+def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
+    model = train_tiny.make_model("tiny", STORIES, 0)
+    embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(294, 795)
+    lift[3, 7] = 1.0
+    before = embedding[4].clone()
+    train_tiny.start_concepts(model, lift)
+    token = model.transformer.tok_emb.weight[7]
+    torch.testing.assert_close(embedding[3], train_tiny.CONCEPT_NORM * token / token.norm())
+    assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
+
+
 # ---- a step --------------------------------------------------------------------------------------
 
 def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
@@ -310,7 +321,7 @@ def test_two_processes_take_the_steps_of_one(run, tmp_path, monkeypatch):
     for one, two in zip(*histories):
         assert one.keys() == two.keys() and "independence" in one
         for name in one:
-            assert two[name] == pytest.approx(one[name], abs=1e-5), (
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (
                 f"step {one['step']}: the {name} loss of two processes is not that of one")
 
 

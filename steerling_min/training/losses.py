@@ -19,7 +19,7 @@ ones. Both are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for three of them (`objective.py`). Letters: B windows (stretches of T tokens of the
+are 1, but for four of them (`objective.py`). Letters: B windows (stretches of T tokens of the
 stream of stories; not those that the sampler fills), D width, C known concepts, N chunks, V
 vocabulary.
 """
