@@ -23,6 +23,8 @@ from steerling_min.unmasking import Step
 FIGURES = (r"(\d+) tokens in (\d+) steps, [\d.]+ s: ([\d.]+) tok/s, ([\d.]+) GB/s of weights read, "
            r"[\d.]+ GB peak memory")
 
+KNOWN = Config.tiny().n_concepts  # of the model in tiny_folder
+
 
 @pytest.fixture
 def run(tiny_folder, monkeypatch, capsys):
@@ -278,8 +280,8 @@ def search(run, tmp_path):
     labels: the rows of a label file; None, no file.
     """
     def search(query, *args, labels=("0,sea,full of ships,known,topic", "1,ships,,known,",
-                                     "2,4,a number,known,", "353,seas,full of ships,unknown,deep",
-                                     "356,ships,,unknown,")):
+                                     "2,4,a number,known,", f"{KNOWN},seas,full of ships,unknown,deep",
+                                     f"{KNOWN + 3},ships,,unknown,")):
         file = tmp_path / "labels.csv"
         if labels is not None:
             head = "concept_id,concept_name,concept_description,head,group_name"
@@ -302,7 +304,7 @@ def test_concepts_are_found_by_their_labels_with_the_tokens_they_promote(search,
     result = search("SHIPS")
     assert names(result) == ["1  ships", "0  sea (topic: full of ships)"], "by name, then by text"
     model, tokenizer = load(tiny_folder, "cpu")
-    tokens = [repr(tokenizer.decode([i])) for i in promoted(model, 1, 8)[0].tolist()]
+    tokens = map(tokenizer.quoted, promoted(model, 1, 8)[0].tolist())
     assert result.lines[0].endswith(" promotes " + ", ".join(tokens)) and result.err == ""
 
 
@@ -312,7 +314,7 @@ def test_discovered_concepts_are_found_when_asked_for(search, tiny_folder):
                              "0  seas (discovered: deep: full of ships)"]
     model, tokenizer = load(tiny_folder, "cpu")
     first = promoted(model, 3, 8, head="unknown")[0][0].item()
-    assert f"promotes {tokenizer.decode([first])!r}, " in result.lines[1]
+    assert f"promotes {tokenizer.quoted(first)}, " in result.lines[1]
     assert names(search("topic deep", "--discovered")) == [
         "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
 
@@ -323,8 +325,8 @@ def test_a_concept_is_found_by_its_number(search):
     assert names(search("4")) == ["4  concept 4", "2  4 (a number)"], "the one called so, too"
     assert names(search("0", "--discovered")) == [
         "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
-    assert names(search("1000", "--discovered")) == ["1000  discovered 1000"]
-    assert "no label has these words" in refusal(search("1000")), "353 are known"
+    assert names(search("500", "--discovered")) == ["500  discovered 500"]
+    assert "no label has these words" in refusal(search("500")), "not so many are known"
 
 
 @pytest.mark.parametrize("head, flags, said", [
@@ -356,7 +358,7 @@ def test_no_more_than_20_are_listed(search):
 def test_a_search_that_finds_nothing_says_what_there_is(search):
     said = refusal(search("xyzzy"))
     assert "--find xyzzy: no label has these words, and no concept promotes one of them" in said
-    assert "; 3 of 353 known concepts have labels" in said
+    assert f"; 3 of {KNOWN} known concepts have labels" in said
     assert "; the 8B's come with: hf download" in refusal(search("xyzzy", labels=None))
     for nothing in ("", "  "):
         assert "--find: give words to look for, or a concept's number" in refusal(search(nothing))
@@ -413,7 +415,7 @@ def refusal(result) -> str:
     (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
     (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
-    (["--steer", "999=3"], "concept 999 does not exist; ids are 0 to 293"),
+    (["--steer", "999=3"], f"concept 999 does not exist; ids are 0 to {KNOWN - 1}"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
     (["--steer", "3=-7", "--suppression", "nan"], "strength = nan is not supported"),
