@@ -1,7 +1,7 @@
 """Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
     python train_tiny.py                                    # the bundled model: under an hour
-    python train_tiny.py --minutes 10                       # what a student has
+    python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt                      # on your own text
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
@@ -48,12 +48,12 @@ from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.resume import STATE, load_state, save_state
 
-STEPS = 14_000       # of the bundled model
+STEPS = 7_000        # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
-DROPOUT = 0.25       # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
-STEER_FROM = 0.5     # injections start after this part of training
+DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
+STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
 
@@ -224,7 +224,7 @@ def parse_args() -> Namespace:
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
-    p.add_argument("--batch", type=int, default=4, help="windows of a step, of all processes")
+    p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
     p.add_argument("--lr", type=float, default=6e-3,
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")

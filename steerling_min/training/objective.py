@@ -25,11 +25,12 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
 # independence read the hidden state detached, so they train the unknown head and leave the backbone
 # to language: with their gradients in it, independence at 50, not 1, cost 0.27 nats held out after
-# 5,000 steps, and reconstruction at 4, not 2, 0.4 after 1,000. Independence far above 15 makes the
-# unknown features small: 2,048 tokens covary a little by chance, and that is then punished as well.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 32.0, 20.0, 10.0
-INJECTED = 1 / 4         # share of the chunks that one of their concepts is injected into
-STRENGTHS = (4.0, 12.0)  # of the injections, in logit units, around what `Steering.amplify` uses
+# 5,000 steps. With alignment at 10, not 1, known embeddings grew without end: after 10.6 M tokens
+# known features were larger than the hidden state itself, and epsilon, which has to cancel what is
+# too much, had 29% of the logits.
+EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 10.0, 1.0
+INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
+STRENGTHS = (3.0, 10.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # what a run can do without, to see what it is good for
     "dropout": "residual dropout; epsilon is in every window",
