@@ -280,7 +280,8 @@ def search(run, tmp_path):
     labels: the rows of a label file; None, no file.
     """
     def search(query, *args, labels=("0,sea,full of ships,known,topic", "1,ships,,known,",
-                                     "2,4,a number,known,", f"{KNOWN},seas,full of ships,unknown,deep",
+                                     "2,4,a number,known,",
+                                     f"{KNOWN},seas,full of ships,unknown,deep",
                                      f"{KNOWN + 3},ships,,unknown,")):
         file = tmp_path / "labels.csv"
         if labels is not None:

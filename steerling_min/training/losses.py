@@ -3,7 +3,7 @@ and two losses for steering.
 
     total = token + presence + reconstruction + independence    (the first: `diffusion.token_loss`)
             + alignment                                         (ours)
-            + respond + express                                 (in the second half of training)
+            + respond + express                                 (once injections have begun)
 
 presence teaches the known head, and the backbone below it, which concepts a chunk of text has.
 Reconstruction teaches the unknown head to supply what these leave of the hidden state;
@@ -172,7 +172,7 @@ def unknown_forcing(progress: float) -> float:
     return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.25))
 
 
-# ---- the steering losses (second half of training) -----------------------------------------------
+# ---- the steering losses -------------------------------------------------------------------------
 
 
 def respond_loss(logits: Tensor, injected: Tensor) -> Tensor:
