@@ -5,7 +5,33 @@ import torch
 from conftest import MODES, PROMPT
 
 from steerling_min import generate, unmask, unmasking
+from steerling_min.attention import KVCache
+from steerling_min.cache import cached_hidden, plain_hidden
 from steerling_min.steering import Steering
+
+
+def test_each_pass_computes_what_the_docstrings_table_says(model):
+    """With S = 8 in place of 4: a prompt of 12, 14 new tokens, the window [12, 20)."""
+    tokens = torch.randint(0, 250, (2, 26), generator=torch.Generator().manual_seed(0))
+    written = tokens.clone()
+    tokens[:, 12:] = model.config.mask_token_id
+    cache, computed = KVCache.empty(model.config, 2, 26, model.dtype, tokens.device), []
+    hook = model.transformer.register_forward_pre_hook(
+        lambda module, args: computed.append(args[0].shape[1]))
+    for asked, end, before, after in (
+            (range(12, 20), 24, 0, 8), ((12, 15, 19), 24, 8, 8), ((15, 19), 24, 8, 8),
+            ((15,), 16, 8, 8), (range(20, 26), 26, 8, 16)):
+        at = torch.zeros_like(tokens, dtype=torch.bool)
+        at[:, list(asked)] = True
+        tokens[:, 12:20] = written[:, 12:20].masked_fill(at[:, 12:20], model.config.mask_token_id)
+        plain = plain_hidden(model, tokens, at, {})
+        computed.clear()
+        assert cache.length == before
+        torch.testing.assert_close(cached_hidden(model, tokens, at, {}, cache), plain,
+                                   atol=1e-5, rtol=1e-5, msg=f"other states at {list(asked)}")
+        assert computed == [end - before], f"positions {before} to {end - 1}"
+        assert cache.length == after, "final is what was computed without masks"
+    hook.remove()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -8,7 +8,8 @@ from conftest import CONFIG, close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min import iguide
-from steerling_min.iguide import KnownHead, UnknownHead, decompose, set_weights, weighted_sum
+from steerling_min.iguide import (KnownHead, UnknownHead, decompose, set_weights, top_concepts,
+                                  weighted_sum)
 
 
 def heads():
@@ -79,6 +80,16 @@ def test_a_long_text_never_has_the_logits_of_all_concepts_at_once(monkeypatch):
     assert largest.numel == hidden.numel(), "embeddings are gathered one concept of each at a time"
 
 
+@pytest.mark.parametrize("room", [1, 8, 24, 1000])
+def test_the_top_concepts_are_the_same_however_many_tokens_are_ranked_at_a_time(monkeypatch, room):
+    monkeypatch.setattr(iguide, "LOGITS", room)
+    for head in heads():
+        logits, ids = top_concepts(head, HIDDEN)
+        every = head.logits(HIDDEN)
+        close(logits, every.topk(2, dim=-1).values, "largest first")
+        assert torch.equal(ids, every.topk(2, dim=-1).indices), "each token's own"
+
+
 def test_logits_are_clamped_to_15():
     known, unknown = heads()
     for head in (known, unknown):
@@ -104,6 +115,13 @@ def test_weighted_sum_is_a_sum_of_table_rows():
     ids = torch.randint(0, 9, (2, 3, 5))
     torch.testing.assert_close(weighted_sum(table, ids, weights),
                                (table[ids] * weights[..., None]).sum(-2))
+
+
+def test_a_heads_features_are_the_weighted_sum_of_its_embeddings():
+    ids, weights = torch.tensor([[[0, 7, 0]], [[3, 5, 6]]]), torch.rand(2, 1, 3)
+    for head in heads():
+        summed = (head.embedding(ids) * weights[..., None]).sum(-2)  # (2, 1, 32)
+        close(head.features(ids, weights), summed, "a concept may come twice", atol=1e-5)
 
 
 def test_known_features_weigh_embeddings_by_sigmoid():

@@ -88,8 +88,9 @@ def test_every_option_of_a_command_exists(command, helps):
             for word in words[words.index(script):]:
                 if word.startswith("--"):
                     assert re.search(rf"(^|[\s,\[]){word}\b", helps[script]), f"{script} {word}"
-        if "steerling_min.course" in words and len(words) > 3:
-            assert words[-1] in {**EXERCISES, **MODIFICATIONS}, command
+        if "steerling_min.course" in words[:-2] and "grade" not in words and "list" not in words:
+            names = words[5:] if "handout" in words else words[4:]
+            assert names and all(name in {**EXERCISES, **MODIFICATIONS} for name in names), command
 
 
 def test_its_links_lead_somewhere():
@@ -113,3 +114,11 @@ def test_its_ablations_leave_out_parts_that_exist():
 
 def test_its_counts_are_right():
     assert f"# {len(EXERCISES)} exercises, {len(MODIFICATIONS)} modifications" in README
+
+
+def test_its_sessions_have_the_minutes_of_their_exercises():
+    sessions = rows("session")
+    assert len(sessions) == 4
+    for _, _, names, minutes, homework in sessions:
+        assert sum(EXERCISES[name].minutes for name in names.split(", ")) == int(minutes), names
+        assert homework in MODIFICATIONS

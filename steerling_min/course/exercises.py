@@ -1,20 +1,29 @@
-"""The course as two tables: functions to rebuild, and changes to make to the model."""
+"""The course as two tables: functions to rebuild, and changes to make to the model.
 
+The exercises stand in an order in which each can be checked while all that follow are blank.
+"""
+
+from pathlib import Path
 from typing import NamedTuple
+
+BLOCK = "tests/test_block.py tests/test_backbone.py"
+IGUIDE = "tests/test_iguide.py tests/test_model.py"
+HANDED_OUT = Path(__file__).with_name("handed_out.txt")  # only in a handout: names of its exercises
 
 
 class Exercise(NamedTuple):
     name: str
-    where: str    # file in steerling_min/ and function: "block.py MLP.forward"
-    level: int    # 1 easy, 2 middling, 3 hard
-    minutes: int  # for somebody who knows PyTorch
-    read: str     # besides the docstring
-    tests: str    # arguments of pytest
+    where: str       # file in steerling_min/ and function: "block.py MLP.forward"
+    level: int       # 1 easy, 2 middling, 3 hard
+    minutes: int     # for somebody who knows PyTorch
+    read: str        # besides the docstring
+    tests: str = ""  # arguments of pytest; in the table nothing, for tests/test_X.py of X.py
 
 
-EXERCISES = {e.name: e for e in [
+EXERCISES = {e.name: e._replace(tests=e.tests or f"tests/test_{Path(e.where.split()[0]).stem}.py")
+             for e in [
     # the backbone
-    Exercise("norm", "norm.py RMSNorm.forward", 1, 10, "arXiv 1910.07467", "tests/test_norm.py"),
+    Exercise("norm", "norm.py RMSNorm.forward", 1, 10, "arXiv 1910.07467"),
     Exercise("mask", "attention.py block_causal_mask", 1, 10, "README, point 2",
              "tests/test_attention.py -k 'mask or block'"),
     Exercise("angles", "attention.py rotary_tables", 2, 20, "RoFormer, arXiv 2104.09864",
@@ -24,69 +33,52 @@ EXERCISES = {e.name: e for e in [
     Exercise("attention", "attention.py Attention.forward", 2, 40,
              "README, points 8 and 9; KVCache.update; rotate",
              "tests/test_attention.py tests/test_backbone.py"),
-    Exercise("swiglu", "block.py MLP.forward", 1, 10, "arXiv 2002.05202",
-             "tests/test_block.py tests/test_backbone.py"),
-    Exercise("block", "block.py Block.forward", 1, 10, "README, point 8",
-             "tests/test_block.py tests/test_backbone.py"),
+    Exercise("swiglu", "block.py MLP.forward", 1, 10, "arXiv 2002.05202", BLOCK),
+    Exercise("block", "block.py Block.forward", 1, 10, "README, point 8", BLOCK),
     Exercise("backbone", "backbone.py Backbone.from_embeddings", 2, 30,
-             "attention.py, block.py, config.py", "tests/test_backbone.py"),
+             "attention.py, block.py, config.py"),
     # the concept layer
-    Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10,
-             "MAX_LOGIT and rows in iguide.py", "tests/test_iguide.py tests/test_model.py"),
+    Exercise("known-logits", "iguide.py KnownHead.logits", 1, 10, "MAX_LOGIT and rows", IGUIDE),
     Exercise("unknown-features", "iguide.py UnknownHead.features", 1, 10,
-             "KnownHead.features, weighted_sum", "tests/test_iguide.py tests/test_model.py"),
-    Exercise("top-concepts", "iguide.py top_concepts", 2, 20, "KnownHead.logits",
-             "tests/test_iguide.py tests/test_model.py"),
+             "KnownHead.features, weighted_sum", IGUIDE),
+    Exercise("top-concepts", "iguide.py top_concepts", 2, 20, "KnownHead.logits", IGUIDE),
     Exercise("decompose", "iguide.py decompose", 3, 30, "apply_head; README, points 6, 7 and below",
-             "tests/test_iguide.py tests/test_model.py"),
-    Exercise("set-weights", "iguide.py set_weights", 2, 20, "decompose",
-             "tests/test_iguide.py tests/test_model.py"),
+             IGUIDE),
+    Exercise("set-weights", "iguide.py set_weights", 2, 20, "decompose", IGUIDE),
     # diffusion: training
     Exercise("noise", "diffusion.py noise_levels", 1, 10, "README, point 3",
              "tests/test_diffusion.py -k 'noise or level'"),
     Exercise("corrupt", "diffusion.py corrupt", 1, 10, "README, point 1",
              "tests/test_diffusion.py -k 'masked_with or masking or its_own_level'"),
-    Exercise("token-loss", "diffusion.py token_loss", 2, 20,
-             "MDLM, arXiv 2406.07524",
+    Exercise("token-loss", "diffusion.py token_loss", 2, 20, "MDLM, arXiv 2406.07524",
              "tests/test_diffusion.py "
              "-k 'loss or is_the_mean or over_t or costs or weighting or gradient'"),
     Exercise("bound", "diffusion.py likelihood_bound", 3, 45, "diff_block_size in config.py",
              "tests/test_diffusion.py -k 'bound or score or likel'"),
-    Exercise("noisy-or", "training/losses.py log_absent", 2, 20, "presence_loss",
-             "tests/test_losses.py"),
-    Exercise("presence", "training/losses.py presence_loss", 2, 20, "log_absent, distributed.py",
-             "tests/test_losses.py"),
-    Exercise("reconstruction", "training/losses.py reconstruction_loss", 1, 10, "distributed.py",
-             "tests/test_losses.py"),
-    Exercise("independence", "training/losses.py independence_loss", 2, 30, "distributed.py",
-             "tests/test_losses.py"),
+    Exercise("noisy-or", "training/losses.py log_absent", 2, 20, "presence_loss"),
+    Exercise("presence", "training/losses.py presence_loss", 2, 20, "log_absent, distributed.py"),
+    Exercise("reconstruction", "training/losses.py reconstruction_loss", 1, 10, "distributed.py"),
+    Exercise("independence", "training/losses.py independence_loss", 2, 30, "distributed.py"),
     Exercise("compose", "training/losses.py compose", 2, 20, "README, The gradient question",
              "tests/test_losses.py tests/test_objective.py"),
     # diffusion: writing
-    Exercise("penalty", "sampling.py penalize_repetition", 1, 10, "CTRL, arXiv 1909.05858",
-             "tests/test_sampling.py"),
-    Exercise("temperature", "sampling.py entropy_temperature", 1, 15, "sample",
-             "tests/test_sampling.py"),
-    Exercise("nucleus", "sampling.py nucleus", 1, 15, "arXiv 1904.09751", "tests/test_sampling.py"),
-    Exercise("confidence", "sampling.py most_confident", 2, 25, "README, point 4",
-             "tests/test_sampling.py"),
-    Exercise("schedule", "sampling.py spread_steps", 3, 30, "commits_per_step, windows",
-             "tests/test_sampling.py"),
-    Exercise("cache", "cache.py cached_hidden", 3, 45,
-             "KVCache in attention.py, from_embeddings in backbone.py",
-             "tests/test_cache.py"),
+    Exercise("penalty", "sampling.py penalize_repetition", 1, 10, "CTRL, arXiv 1909.05858"),
+    Exercise("temperature", "sampling.py entropy_temperature", 1, 15, "sample"),
+    Exercise("nucleus", "sampling.py nucleus", 1, 15, "arXiv 1904.09751"),
+    Exercise("confidence", "sampling.py most_confident", 2, 25, "README, point 4"),
+    Exercise("schedule", "sampling.py spread_steps", 3, 30, "commits_per_step, windows"),
+    Exercise("cache", "cache.py cached_hidden", 3, 45, "KVCache, Backbone.from_embeddings"),
     Exercise("sampler", "unmasking.py unmask", 3, 90, "unmask_plainly, asked_logits, sampling.py",
              "tests/test_unmasking.py tests/test_cache.py"),
     # concepts at work
-    Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection", "tests/test_steering.py"),
-    Exercise("injection", "steering.py Steerer.vectors", 2, 20, "Injection, Steerer.__init__",
-             "tests/test_steering.py"),
+    Exercise("alpha", "steering.py alpha_of", 1, 10, "Injection"),
+    Exercise("injection", "steering.py Steerer.vectors", 2, 20, "Injection, Steerer.__init__"),
     Exercise("attribution", "attribution.py attribute", 2, 30,
-             "Decomposition, set_weights and alignment in iguide.py; decompose_under",
-             "tests/test_attribution.py"),
-    Exercise("gradients", "attribution.py input_attribution", 3, 40, "arXiv 1703.01365",
-             "tests/test_attribution.py"),
+             "Decomposition, set_weights and alignment in iguide.py; decompose_under"),
+    Exercise("gradients", "attribution.py input_attribution", 3, 40, "arXiv 1703.01365"),
 ]}
+if HANDED_OUT.is_file():
+    EXERCISES = {name: EXERCISES[name] for name in HANDED_OUT.read_text("utf-8").split()}
 
 
 class Modification(NamedTuple):

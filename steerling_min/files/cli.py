@@ -28,9 +28,10 @@ def printable(text: str, most: int = 80) -> str:
 def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     """End the program with one line and status 2 for what the user can put right.
 
-    These are wrong values, files and missing extras, and memory that ran out: `memory` says what
-    needs less of it. A bug keeps its traceback. Ctrl-C ends with status 130, and a reader that has
-    had enough (`| head`) with 141, as a process that SIGPIPE ends.
+    These are wrong values, files and missing extras, an exercise of the course that is still
+    blank, and memory that ran out: `memory` says what needs less of it. A bug keeps its traceback.
+    Ctrl-C ends with status 130, and a reader that has had enough (`| head`) with 141, as a process
+    that SIGPIPE ends.
     """
     def end(message):
         print(f"{prog}: {printable(str(message), 1000)}", file=sys.stderr)
@@ -44,6 +45,12 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
         sys.exit(141)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         end(error)
+    except NotImplementedError as error:
+        kind, _, name = str(error).partition(": ")
+        if kind != "exercise":
+            raise
+        end(f"the exercise {name} is not written yet: write it, or put the original back by "
+            f"python -m steerling_min.course restore {name}")
     except (MemoryError, RuntimeError) as error:  # torch's allocators have no type in common
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise

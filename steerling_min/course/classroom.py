@@ -1,0 +1,242 @@
+"""For the teacher: hand exercises out as a repository of their own, and grade what comes back.
+
+    python -m steerling_min.course handout FOLDER mask rotate   # or --level 1, or --all
+    python -m steerling_min.course grade FOLDER [FOLDER ...] --csv marks.csv
+
+Grading takes the exercises' functions out of each submission, and nothing else. Each is put into a
+fresh copy of this repository, alone, and its tests run there in a process with a time limit.
+
+That is no sandbox. A submission's code runs as you, can read your files and use your network, and
+one that wants to can forge its mark. Grade people whom you do not trust in a container.
+"""
+
+import ast
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from textwrap import indent
+from xml.etree import ElementTree
+
+from .exercises import EXERCISES, HANDED_OUT, Exercise
+from .functions import blanked, exchanged, file_of, find, read, write
+
+# What a handout leaves out: what quotes solutions, what grades, and what only looks after this
+# repository. The official package's numbers stay: the tests of exercises read them.
+TEACHERS = [".ci", "tests/mutants.py", "tests/test_course.py", "tests/test_classroom.py",
+            "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
+            in ("classroom.py", "classroom.yml", "handout.md"))]
+SECTIONS = ("What changed", "Concepts on", "Use it from", "Reading order", "Training, and")
+# The same author and date make the same commit; nobody's own configuration of git is read.
+WHO = {"NAME": "steerling_min", "EMAIL": "course@localhost", "DATE": "2026-01-01T00:00:00Z"}
+GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
+       **{f"GIT_{role}_{key}": WHO[key] for role in ("AUTHOR", "COMMITTER") for key in WHO}}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, env={**os.environ, **GIT}, check=True,
+                          stdout=subprocess.PIPE, text=True).stdout
+
+
+def export(root: Path, folder: Path) -> None:
+    """Write the repository's files as they were committed: no attempt, and nothing by chance."""
+    git(root, "checkout-index", "--all", f"--prefix={folder.resolve()}/")
+
+
+# ---- handing out ---------------------------------------------------------------------------------
+
+
+def handout(root: Path, args: Namespace) -> None:
+    """Write a repository of one commit, with the exercises' functions blank."""
+    chosen = [e for e in EXERCISES.values() if args.all or e.level == args.level or e in args.names]
+    if not chosen:
+        raise ValueError("name exercises, or give --level or --all")
+    folder, names = args.folder, [e.name for e in chosen]
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty")
+    export(root, folder)
+    about = readme(chosen, read(folder / "README.md"))
+    for path in (folder / name for name in TEACHERS):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for e in chosen:
+        write(file_of(e, folder), blanked(e, read(file_of(e, folder))))
+    write(folder / ".github" / "workflows" / "classroom.yml", workflow(names))
+    write(folder / "README.md", about)
+    write(folder / "steerling_min" / "course" / HANDED_OUT.name, "\n".join(names) + "\n")
+    git(folder, "init", "--quiet", "--template=", "--initial-branch=main")
+    git(folder, "add", "--all", "--force")
+    git(folder, "commit", "--quiet", "--message", "Exercises: " + ", ".join(names))
+    print(f"{folder}: {len(chosen)} exercises, {sum(e.minutes for e in chosen)} minutes, "
+          f"commit {git(folder, 'rev-parse', 'HEAD')[:12]}")
+
+
+def readme(chosen: list[Exercise], ours: str) -> str:
+    """What students do, and then those sections of our README that they read."""
+    rows = (f"| {e.name} | {'*' * e.level} | {e.minutes} | `{e.where.replace(' ', '`, `')}` | "
+            f"{e.read} |" for e in chosen)
+    sections = [part for part in ours.split("\n## ") if part.startswith(SECTIONS)]
+    text = read(Path(__file__).with_name("handout.md")).format(
+        first=chosen[0].name, table="\n".join(rows), sections="\n## ".join(sections))
+    return "".join(line for line in text.splitlines(True) if "mutants.py" not in line)
+
+
+def workflow(names: list[str]) -> str:
+    """classroom.yml: every second of its parts stands there once for each exercise."""
+    parts = read(Path(__file__).with_name("classroom.yml")).split("# for each exercise\n")
+    parts[1::2] = ["".join(part.replace("NAME", name).replace("UPPER", name.upper())
+                           for name in names) for part in parts[1::2]]
+    return "".join(parts).replace("ALL", ",".join(names))
+
+
+# ---- grading -------------------------------------------------------------------------------------
+
+
+def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float) -> Iterator[dict]:
+    """A row for each exercise of each submission."""
+    with tempfile.TemporaryDirectory() as clean, ThreadPoolExecutor(os.cpu_count()) as pool:
+        export(root, original := Path(clean))
+        run = cache(partial(run_tests, original, limit))  # equal functions are run once
+        right = {e: pool.submit(run, e, function_of(e, original)) for e in chosen}
+        rows = [pool.submit(row, original, folder, e, right[e], run) for folder in folders
+                for e in chosen]
+        try:
+            yield from (one.result() for one in rows)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
+    """One function's mark: passed is what passes every test that the original passes."""
+    expected, why, _ = right.result()
+    must = [test for test, line in expected.items() if not line]
+    if not must:
+        raise ValueError(f"the original of {exercise.name} passes no test here: {why}")
+    outcomes, seconds = {}, 0.0
+    try:
+        function, reason = function_of(exercise, folder), "not written"
+        if function != function_of(exercise, original, blanked):
+            outcomes, reason, seconds = run(exercise, function)
+    except (ValueError, SyntaxError, OSError, RecursionError, MemoryError) as error:
+        reason = printable(str(error))
+    failed = {} if reason else {test: outcomes.get(test, "did not run") for test in must
+                                if outcomes.get(test) != ""}
+    reason = reason or (f"{len(failed)} of {len(must)} tests" if failed else "")
+    return {"student": str(folder), "exercise": exercise.name, "passed": not reason,
+            "reason": reason, "failed": failed, "seconds": round(seconds, 1)}
+
+
+def function_of(exercise: Exercise, folder: Path, change=lambda exercise, text: text) -> str:
+    """The function's code in a folder's file, whose text may be changed first."""
+    file = file_of(exercise, folder)
+    if not file.is_file():
+        raise ValueError(f"{file.name} is missing")
+    return ast.unparse(find(exercise, change(exercise, read(file))))
+
+
+def run_tests(original: Path, limit: float, exercise: Exercise,
+              function: str) -> tuple[dict[str, str], str, float]:
+    """Run an exercise's tests on a copy of the repository with this function in its place.
+
+    Returns what each test says, nothing if it passed; why there is no such thing; and seconds.
+    """
+    began, outcomes = time.monotonic(), {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        folder, report = Path(temporary, "repository"), Path(temporary, "report.xml")
+        shutil.copytree(original, folder)
+        file, margin = file_of(exercise, folder), "    " * (exercise.where.count(".") - 1)
+        write(file, exchanged(exercise, read(file), indent(function, margin) + "\n"))
+        child = subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
+             f"--junitxml={report}", *shlex.split(exercise.tests)],
+            cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL))
+        try:
+            code = child.wait(limit)
+            reason = (f"{file.name} cannot be imported with it" if code == 4 else
+                      f"its tests ended early, with exit code {code}")
+        except subprocess.TimeoutExpired:
+            reason = f"still running after {limit:g} s"
+        child.kill()
+        with suppress(OSError, AttributeError):  # what it started; Windows has no such groups
+            os.killpg(child.pid, signal.SIGKILL)
+        with suppress(OSError, ElementTree.ParseError):  # pytest may have come to no report
+            outcomes, reason = read_report(report), ""
+    return outcomes, reason, time.monotonic() - began
+
+
+def read_report(report: Path) -> dict[str, str]:
+    """pytest's report of a run: of each test, nothing or the first line that it says."""
+    outcomes = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        test = f"{case.get('classname', '').removeprefix('tests.')}::{case.get('name')}"
+        outcomes[test] = ""
+        for bad in (x for x in case if x.tag in ("failure", "error", "skipped")):
+            lines = [x[1:].strip() for x in (bad.text or "").splitlines() if x.startswith("E ")]
+            outcomes[test] = printable([*lines, bad.tag][0])
+    return outcomes
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)[:200]
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def exercise(name: str) -> Exercise:
+    if name not in EXERCISES:
+        raise ValueError(f"no exercise is called {name}")
+    return EXERCISES[name]
+
+
+def add_commands(commands, root: Path) -> None:
+    p = commands.add_parser("handout", help="For teachers: a repository with exercises blank.")
+    p.add_argument("folder", type=Path)
+    p.add_argument("names", nargs="*", type=exercise, help="of exercises")
+    p.add_argument("--level", type=int, choices=(1, 2, 3), help="all of a level")
+    p.add_argument("--all", action="store_true")
+    p.set_defaults(run=partial(handout, root))
+    p = commands.add_parser("grade", help="For teachers: marks for submissions.")
+    p.add_argument("folders", type=Path, nargs="+", help="a submission each")
+    p.add_argument("--exercises", dest="names", nargs="+", type=exercise, metavar="NAME",
+                   help="instead of what these folders say was handed out")
+    p.add_argument("--seconds", type=float, default=60, help="for an exercise's tests (60)")
+    p.add_argument("--json", type=Path, metavar="FILE")
+    p.add_argument("--csv", type=Path, metavar="FILE")
+    p.set_defaults(run=partial(mark, root))
+
+
+def mark(root: Path, args: Namespace) -> None:
+    lists = [folder / "steerling_min" / "course" / HANDED_OUT.name for folder in args.folders]
+    given = {x for y in lists if y.is_file() for x in read(y).split()}
+    chosen = [e for e in EXERCISES.values() if (e in args.names if args.names else e.name in given)]
+    if not chosen:
+        raise ValueError("no folder says what was handed out: give --exercises NAME ...")
+    rows = []
+    for row in grade(root, args.folders, chosen, args.seconds):
+        rows.append(row)
+        said = [row["reason"] or "passed", *map(": ".join, row["failed"].items())]
+        print(f"{row['student']:24} {row['exercise']:17} {'; '.join(said[:2])}", flush=True)
+    for folder in args.folders:
+        marks = [row["passed"] for row in rows if row["student"] == str(folder)]
+        print(f"{str(folder):24} {sum(marks)} of {len(marks)} passed")
+    if args.json:
+        write(args.json, json.dumps(rows, indent=1) + "\n")
+    if args.csv:
+        with open(args.csv, "w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows({**row, "failed": "; ".join(map(": ".join, row["failed"].items()))}
+                            for row in rows)
