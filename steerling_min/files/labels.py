@@ -123,8 +123,8 @@ class Labels:
             if label.name.casefold() == wanted:
                 return f" but discovered concept {label.id}; only known ones can be meant here"
         names = {x.name.casefold(): x.name for x in self.known.values()}
-        close = [x.name for x in self.find(query)[:5]]
-        close += [names[n] for n in difflib.get_close_matches(wanted, names, 5)]
+        close = [x.name for x in self.find(query)]
+        close += [names[name] for name in difflib.get_close_matches(wanted, names)]
         hint = ", ".join(map(printable, list(dict.fromkeys(close))[:5]))
         return f"; close: {hint}" if hint else "; numbers do as well"
 
