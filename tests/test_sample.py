@@ -315,7 +315,12 @@ def test_a_concept_is_found_by_its_number(search):
     assert names(search("0", "--discovered")) == [
         "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
     assert names(search("1000", "--discovered")) == ["1000  discovered 1000"]
-    assert "no label has these words" in refusal(search("1000")), "353 are known"
+    assert "no label has these words" in refusal(search("353")), "the last is 352"
+
+
+def test_the_labels_beside_the_checkpoint_are_searched(run):
+    lines = run("--find", "sea", stdin=Terminal(), model=None, new=None).out.splitlines()
+    assert re.match(r" +\d+  sea \(.+\) promotes '", lines[0])
 
 
 @pytest.mark.parametrize("head, flags, said", [
@@ -339,6 +344,7 @@ def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tin
 
 
 def test_no_more_than_20_are_listed(search):
+    assert len(names(search("sea", labels=[f"{i},sea {i},," for i in range(20)]))) == 20
     result = search("sea", labels=[f"{i},sea {i},," for i in range(45)])
     assert result.lines.pop() == "and 25 more: rarer words find fewer"
     assert names(result) == [f"{i}  sea {i}" for i in range(20)]
