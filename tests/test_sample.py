@@ -330,6 +330,11 @@ def test_a_concept_is_found_by_its_number(search):
     assert "no label has these words" in refusal(search("500")), "not so many are known"
 
 
+def test_the_labels_beside_the_checkpoint_are_searched(run):
+    lines = run("--find", "sea", stdin=Terminal(), model=None, new=None).out.splitlines()
+    assert re.match(r" +\d+  sea \(.+\) promotes '", lines[0])
+
+
 @pytest.mark.parametrize("head, flags, said", [
     ("known", (), "concept"), ("unknown", ("--discovered",), "discovered")])
 def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tiny_folder, head,
@@ -351,6 +356,7 @@ def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tin
 
 
 def test_no_more_than_20_are_listed(search):
+    assert len(names(search("sea", labels=[f"{i},sea {i},," for i in range(20)]))) == 20
     result = search("sea", labels=[f"{i},sea {i},," for i in range(45)])
     assert result.lines.pop() == "and 25 more: rarer words find fewer"
     assert names(result) == [f"{i}  sea {i}" for i in range(20)]
