@@ -101,11 +101,6 @@ def test_five_of_the_close_names_are_given():
         known(*(f"sea {i}" for i in range(9))).resolve("sea")
 
 
-def test_five_of_the_close_names_are_given():
-    with pytest.raises(ValueError, match="; close: sea 0, sea 1, sea 2, sea 3, sea 4$"):
-        known(*(f"sea {i}" for i in range(9))).resolve("sea")
-
-
 def test_without_labels_a_name_says_where_to_get_them():
     with pytest.raises(ValueError, match="'sea': there are no labels; .*hf download guidelabs/ste"):
         Labels([], 9, 30).resolve("sea")
