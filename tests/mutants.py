@@ -306,7 +306,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "strength / (directions @ tok_emb.T).amax(-1)", "strength * directions.norm(dim=-1)"),
         ("suppression is added", "logits - self.suppression", "logits + self.suppression"),
         ("suppression without relu", "[0]).relu()", "[0])"),
-        ("unlearn pushes toward the concept", "UNLEARN, SUPPRESS = -4.0", "UNLEARN, SUPPRESS = 4.0"),
+        ("unlearn pushes toward the concept", "UNLEARN, SUPPRESS = -4.0",
+         "UNLEARN, SUPPRESS = 4.0"),
     ],
     "attribution.py": [
         ("shares: of single contributions' sizes", "torch.stack([self.known.sum(1), "

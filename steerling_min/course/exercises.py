@@ -31,4 +31,6 @@ class Modification(NamedTuple):
 
 
 EXERCISES = {e["name"]: Exercise(**e) for e in TABLES["exercises"]}
+if HANDED_OUT.is_file():
+    EXERCISES = {name: EXERCISES[name] for name in HANDED_OUT.read_text("utf-8").split()}
 MODIFICATIONS = {m["name"]: Modification(**m) for m in TABLES["modifications"]}
