@@ -1,6 +1,5 @@
 """Handing exercises out, and grading what comes back."""
 
-import ast
 import csv
 import json
 import os
@@ -362,36 +361,28 @@ def test_a_dry_run_of_twelve_exercises_and_eight_submissions(original, run, tmp_
     assert set(in_a_process(handout).stdout.split()) >= set(TWELVE)
 
     def submission(name, solved=TWELVE, **instead):
-        """A copy of the handout, with these solved, or written otherwise."""
+        """A copy of the handout, with these solved, but for a line or a change instead."""
         folder = tmp_path / name
         shutil.copytree(handout, folder)
-        for e in map(EXERCISES.get, solved):
-            file, right = file_of(e, folder), cut(e, read(file_of(e, original)))
-            write(file, exchanged(e, read(file), instead.get(e.name.replace("-", "_"), lambda x: x)(
-                right)))
+        for e in sorted(map(EXERCISES.get, solved), key=lambda e: e.name in instead):
+            file, change = file_of(e, folder), instead.get(e.name, lambda right: right)
+            text, right = read(file), cut(e, read(file_of(e, original)))
+            write(file, text.replace(hole(e), change) if isinstance(change, str) else
+                  exchanged(e, text, change(right)))
         return folder
 
-    def body(line):
-        """In place of the original's: this line."""
-        def change(function):
-            docstring = ast.parse("class C:\n" + function if function[0] == " " else function)
-            docstring = ast.get_docstring(docstring.body[0].body[0] if function[0] == " "
-                                          else docstring.body[0], clean=False)
-            head = function[:function.index(docstring) + len(docstring)] + '"""\n'
-            return head + "    " * (1 + (function[0] == " ")) + line + "\n"
-        return change
     half = TWELVE[:6]
     changed = submission("changed-tests", half)
     for file in (changed / "tests").glob("test_*.py"):
         file.write_text("def test_mask_angle_turn_noise():\n    pass\n")
     folders = [
         submission("all-right"), submission("half-done", half),
-        submission("syntax-error", mask=body("return (")),
-        submission("loop", rotate=body("while True: pass")),
+        submission("syntax-error", mask="return ("),
+        submission("loop", rotate="while True: pass"),
         submission("wrong-mask", mask=lambda x: x.replace(">=", ">")),
         submission("other-names", block=lambda x: x.replace("def forward", "def my_block"),
                    alpha=lambda x: x.replace("def alpha_of", "def solution")),
-        changed, submission("os-exit", norm=body("import os; os._exit(0)"))]
+        changed, submission("os-exit", norm="import os; os._exit(0)")]
     code, out, error = run(original, "grade", *folders, "--seconds", "60", "--json",
                            tmp_path / "marks.json")
     assert code == 0, error

@@ -92,6 +92,7 @@ INTRO = "<|bos|>The old sailor Mara lived near the mill with a dog named Juno an
     (INTRO, " Hugo smiled.<|endofchunk|>Mara sang. Ines wept.<|endofchunk|>Mara", [True, False]),
     (INTRO + "<|endofchunk|>Mara sang.<|endofchunk|>", "Hugo sang. A", [False]),
     (INTRO + "<|endofchunk|>Ma", "ra sang. Nobody sang. Mara", [True]),
+    (INTRO + "<|endofchunk|>", "Ines. A", [False]),
     (INTRO + "<|endofchunk|>", "Mara sang.<|endoftext|><|bos|>The old sailor Hugo lived near the "
      "mill.<|endofchunk|>Ines sang. A", [True]),  # the next story has a hero of its own
     ("<|bos|>The", INTRO[11:] + "<|endofchunk|>Mara sang. Hugo sang. A", [True, False]),
@@ -105,9 +106,10 @@ def test_a_kept_name_is_the_storys_in_new_sentences_of_later_chunks(before, afte
 
 def test_language_counts_new_sentences_and_the_names_in_them(monkeypatch):
     monkeypatch.setattr(evaluate, "write", lambda *args: (INTRO + "<|endofchunk|>", (
-        "Hugo sat. Nobody sat. Mara smiled all the way home. The heart of Mara beat fast. A")))
+        "Hugo sat. Nobody sat. Nobody ran. Mara smiled all the way home. The heart of Mara beat "
+        "fast. A")))
     found = evaluate.language(None, TOKENIZER, 3)
-    assert found["sentences in the grammar"] == 2 / 4, "not the prompt's, nor the cut-off one"
+    assert found["sentences in the grammar"] == 2 / 5, "not the prompt's, nor the cut-off one"
     assert found["hero's name kept"] == 2 / 3, "Hugo, Mara, Mara"
 
 
@@ -375,30 +377,34 @@ def test_steered_counts_new_chunks_and_their_sentences(monkeypatch):
 
 
 def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch):
-    """A writer that shows an amplified concept, obeys unlearning, but breaks the grammar then."""
+    """A writer that shows what is amplified, and not what is unlearned; grammar suffers."""
     sentences, asked = {}, {}
     for name, (nouns, templates) in TOPICS.items():
         words = {slot: world.fillers(slot, nouns)[0] for slot in world.slots_of(templates[0])}
         sentences[CONCEPT_IDS[name]] = templates[0].format(**words)
 
     def writes(prompt, n, steering):
-        kind = ("neutral" if re.fullmatch(NEUTRAL, prompt) else
-                "chunk" if prompt.endswith("<|endofchunk|>") else "word")
+        def called(what, concept=None):
+            if not prompt.endswith("<|endofchunk|>"):
+                kind = "introduction" if re.fullmatch(NEUTRAL, prompt) else "cut"
+            elif concept is None:
+                kind = "chunk"
+            else:
+                chunk = re.sub(r"<.*?>", "", prompt)
+                kind = "same" if shows(split_sentences(chunk), concept) else "other"
+            asked.setdefault(what, set()).add(kind)
+            return "" if kind in ("chunk", "same", "other") else " "  # before a sentence
         if steering is None:
-            asked.setdefault("plain", set()).add(kind)
-            return " Mara smiled all the way home. A".lstrip(" " if kind == "chunk" else "")
-        [injection] = steering.injections
-        [concept] = injection.ids
-        if steering.suppressions:
-            asked.setdefault("unlearn", set()).add(kind)
-            assert steering == Steering.unlearn(concept), "the preset's defaults"
-            return "Mara sang sang. A"
-        asked.setdefault("word" if concept in WORDS else "topic", set()).add(kind)
-        assert steering == Steering.amplify(concept), "the preset's defaults"
+            return called("plain") + "Mara smiled all the way home. A"
+        [concept] = steering.injections[0].ids
+        if steering == Steering.unlearn(concept):
+            return called("unlearned", concept) + "Mara smiled all the way home. Oh. A"
+        assert steering == Steering.amplify(concept), "the presets' defaults"
         if concept in WORDS:
-            return f" Oh the {WORDS[concept]}. Mara smiled all the way home. A"
-        return (f" {sentences[concept]} Oh. Oh. Mara sang." if kind == "neutral" else
-                f"{sentences[concept]}<|endofchunk|>Mara smiled all the way home. A")
+            return called("word") + f"Oh the {WORDS[concept]}. Mara smiled all the way home. A"
+        if called("topic", concept):
+            return f" {sentences[concept]} Oh. Oh. Mara sang."
+        return f"{sentences[concept]}<|endofchunk|>Mara smiled all the way home. A"
     answer(monkeypatch, writes)
     found = evaluate.steering(None, TOKENIZER, 2)
     expected = {
@@ -407,13 +413,14 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
         "... sentences in the grammar, after the other topic": 1,
         "topic not amplified, either prompt": 0,
         "topic unlearned, same topic before": 0,
-        "... sentences in the grammar, topic unlearned": 0,
-        "word amplified: chunks that say it": 1, "... not amplified": 0}
+        "... sentences in the grammar, topic unlearned": 1 / 2,
+        "word amplified: chunks that say it": 1, "... not amplified": 0,
+        "... sentences in the grammar, word amplified": 1 / 2}
     for row, value in expected.items():
         assert found[row] == pytest.approx(value), row
-    assert asked["unlearn"] == {"chunk"}, "only a topic that is there can be unlearned"
-    assert asked["topic"] == {"neutral", "chunk"} and asked["word"] == {"neutral", "word"}
-    assert asked["plain"] == {"neutral", "chunk", "word"}, "the same prompts without steering"
+    assert asked == {"topic": {"introduction", "other"}, "word": {"introduction", "cut"},
+                     "unlearned": {"same"}, "plain": {"introduction", "chunk", "cut"}}, (
+        "what is there is unlearned, what is not there amplified; without steering, the same")
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -458,9 +465,12 @@ def test_the_bundled_model_is_the_trained_one():
     assert found["alignment: words' concepts that promote their word most"] > 0.7
 
 
-def test_another_worlds_model_is_refused(tmp_path):
+def test_another_worlds_model_is_refused(tmp_path, monkeypatch):
     model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=29))
     model.save_pretrained(tmp_path)
     TOKENIZER.save(tmp_path / RANK_FILE)
     with pytest.raises(ValueError, match="not trained on the tiny world's stories; its 29 con"):
         evaluate.evaluate(str(tmp_path), "cpu")
+    monkeypatch.setattr(evaluate, "load", lambda *args: (model, TOKENIZER))
+    with pytest.raises(ValueError, match="the bundled model was not trained"):
+        evaluate.evaluate(None, "cpu")

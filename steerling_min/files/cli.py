@@ -49,8 +49,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
         kind, _, name = str(error).partition(": ")
         if kind != "exercise":
             raise
-        end(f"the exercise {name} is not written yet: write it, or put the original back by "
-            f"python -m steerling_min.course restore {name}")
+        end(f"the exercise {name} is not written yet: write it, or (not in a handout) put the "
+            f"original back by python -m steerling_min.course restore {name}")
     except (MemoryError, RuntimeError) as error:  # torch's allocators have no type in common
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
