@@ -423,6 +423,30 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
         "what is there is unlearned, what is not there amplified; without steering, the same")
 
 
+# ---- resemblance ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seen, share", [
+    (lambda text: {"sea": 1.0}.get(topic_in(text), 0.0), None),
+    (lambda text: float(list(TOPICS).index(topic_in(text))), 1.0)])
+def test_resemblance_is_the_share_of_neighbours_with_the_chunks_topic(monkeypatch, seen, share):
+    """An embedding that knows every topic finds only its like; one that knows one does not."""
+    def embedded(model, chunks):
+        kinds = torch.tensor([seen(TOKENIZER.decode(chunk)) for chunk in chunks]).long()
+        return torch.nn.functional.one_hot(kinds, len(TOPICS)).float()
+    monkeypatch.setattr(evaluate, "embed_chunks", embedded)
+    found = evaluate.resemblance(None, TOKENIZER, 10)
+    [value] = found.values()
+    assert found.keys() <= evaluate.MEASURES.keys()
+    assert value == share if share else value < 0.6
+
+
+def topic_in(text):
+    """The topic of a chunk, by the grammar."""
+    ids = {c for sentence in split_sentences(text) for c in recognise(sentence) or ()}
+    return CONCEPTS[min(ids)].name
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -449,7 +473,8 @@ def test_an_evaluation_fills_the_table_and_says_how_far_it_is(tmp_path, monkeypa
     found = evaluate.evaluate(str(tmp_path), "cpu")
     assert found.keys() == MEASURES.keys(), "each row once, and nothing without a row"
     groups = re.findall(rf"{tmp_path}: (\w+) ... \d+ s\n", capsys.readouterr().err)
-    assert groups == ["language", "likelihood", "concepts", "steering"], "a line for each group"
+    assert groups == ["language", "likelihood", "concepts", "steering", "resemblance"], (
+        "a line for each group")
 
 
 def test_the_bundled_model_is_the_trained_one():

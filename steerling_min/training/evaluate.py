@@ -13,12 +13,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
+from ..attribution import embed_chunks, resembling
 from ..diffusion import corrupt, likelihood_bound, noise_levels
 from ..files.loading import load
 from ..files.tokenizer import Tokenizer
@@ -74,6 +76,7 @@ MEASURES = {
     "word amplified: chunks that say it": Measure(SHARE, "≥ 60%"),
     "... not amplified": Measure(SHARE, "≤ 1/10 of it"),
     "... sentences in the grammar, word amplified": Measure(SHARE),
+    "resemblance: nearest training chunks of the same topic": Measure(SHARE, "≥ 95%"),
 }
 
 
@@ -280,6 +283,25 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
             "... sentences in the grammar, word amplified": word_right}
 
 
+# ---- resemblance ---------------------------------------------------------------------------------
+
+
+def resemblance(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]:
+    """Of the five training chunks most like each chunk of n held-out stories: those of its topic.
+    """
+    def embedded(stories):
+        chunks = [chunk for story in stories for chunk in story]
+        return ([chunk.concepts[0] for chunk in chunks],  # the topic: it has the smallest id
+                embed_chunks(model, [tokenizer.encode(chunk.text) for chunk in chunks]))
+    topics, corpus = embedded(story for step in range(30)
+                              for story in islice(endless_stories(f"0 {step}"), 8))
+    same = []
+    for topic, embedding in zip(*embedded(islice(endless_stories(HELD_OUT), n))):
+        ids, _ = resembling(embedding, corpus, 5)
+        same += [topics[i] == topic for i in ids.tolist()]
+    return {"resemblance: nearest training chunks of the same topic": share(same)}
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -292,8 +314,8 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
         raise ValueError(f"{name} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
     groups = [("language", language, 100), ("likelihood", likelihood, 100),
-              ("concepts", concepts, 128, 200_000), ("steering", steering, 8)]
-    # To come: ("resemblance", ...), whether the five nearest training chunks share the topic.
+              ("concepts", concepts, 128, 200_000), ("steering", steering, 8),
+              ("resemblance", resemblance, 40)]
     found = {}
     for group, measure, *sizes in groups:
         print(f"{name}: {group} ...", end=" ", file=sys.stderr, flush=True)
