@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -21,17 +22,22 @@ import torch
 
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
 from steerling_min.attribution import promoted
-from steerling_min.files.cli import Parser, one_line_errors
-from steerling_min.files.labels import Labels, labels_beside, load_labels
-from steerling_min.files.loading import find_checkpoint
+from steerling_min.files.cli import Parser, one_line_errors, printable
+from steerling_min.files.labels import GET_LABELS, Label, Labels, load_labels
+from steerling_min.files.loading import find_labels
 from steerling_min.files.writing import replacing
+from steerling_min.steering import SUPPRESS
 from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
 from steerling_min.views.explain import explain, print_explanation
 from steerling_min.views.page import page
-from steerling_min.views.watch import watch
+from steerling_min.views.resemblance import (print_resemblances, resemblances, texts_of_file,
+                                             texts_of_world)
+from steerling_min.views.watch import live, watch
 
-NAMING = ("steer", "explain", "json", "html", "svg")  # options that take or show concepts' names
+SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show concepts' names
+WORLD = Path()  # stands for the tiny world's stories
+MOST = 20  # concepts that --find lists
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
 
@@ -61,15 +67,22 @@ def parser() -> Parser:
     add = p.add_argument_group("concepts").add_argument
     add("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
         help="by name or number, several times; above 0: bring it out, so many logits strong (8 is "
-        "usual); below 0: keep it out (-7). A group, by its name or as A+B, is steered along the "
+        "usual); below 0: keep it out (-4). A group, by its name or as A+B, is steered along the "
         "sum of its directions")
-    add("--suppression", type=float, default=20.0, metavar="X", help="how much --steer below 0 "
-        "also lowers the tokens that the concept, of a group the first one, promotes (default: 20, "
-        "made for the 8B; with the tiny model use 0)")
+    add("--suppression", type=float, default=SUPPRESS, metavar="X", help="how many logits --steer "
+        "below 0 also takes off the token that the concept, of a group the first one, promotes "
+        f"most, and off others in proportion (default: {SUPPRESS:g})")
     add("--explain", action="store_true", help="what each token is due to")
-    add("--find", metavar="WORDS", help="write nothing; search the concepts")
+    add("--find", metavar="WORDS", help="write nothing; search the known concepts: by their "
+        "labels, else by a token that they promote; or a number")
+    add("--discovered", action="store_true", help="with --find: the discovered concepts as well")
     add("--labels", type=Path, metavar="FILE", help="names of the concepts, .csv or .parquet "
-        "(default: concept_labels beside the checkpoint)")
+        "(default: STEERLING_CONCEPTS_PATH, else concept_labels beside the checkpoint, else, for "
+        "the 8B, in the hub's cache)")
+
+    add("--resembles", type=Path, nargs="?", const=WORLD, metavar="FILE", help="the training "
+        "chunks that each chunk of the (first) text is most like: FILE's, as train_tiny.py --text "
+        "reads it (default: the tiny world's stories)")
 
     add = p.add_argument_group("output").add_argument
     add("--watch", action="store_true", help="see the text being unmasked")
@@ -101,12 +114,16 @@ def parse_args() -> argparse.Namespace:
     args = p.parse_args()
     if args.num_samples < 1:
         p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    about_a_text = ("watch", *NAMING)
+    about_a_text = ("watch", "steer", *SHOWING)
     for flag, others in (("find", ("prompt", "score", "chat", *about_a_text)),
                          ("score", about_a_text), ("json", ("watch",))):
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 p.error(f"--{flag} and --{other} exclude each other: give one of them")
+    if args.find is not None and not args.find.strip():
+        p.error("--find: give words to look for, or a concept's number")
+    if args.discovered and args.find is None:
+        p.error("--discovered is for --find: give both")
     if args.suppression < 0:
         p.error(f"--suppression {args.suppression:g}: must be 0 or more")
     if args.score and "" in args.score:
@@ -132,11 +149,20 @@ def parse_args() -> argparse.Namespace:
 
 def labels_for(args: argparse.Namespace, model: Steerling) -> Labels:
     """The concepts' names; none for a plain text, which needs none, nor what reading them takes."""
-    if args.labels:
-        return load_labels(args.labels, model.config.n_concepts)
-    if args.find is not None or any(getattr(args, flag) for flag in NAMING):
-        return labels_beside(find_checkpoint(args.model), model.config.n_concepts)
-    return Labels([], model.config.n_concepts)
+    showing = any(getattr(args, flag) for flag in SHOWING)
+    file = args.labels
+    if file is None and (showing or args.steer or args.find is not None):
+        file = find_labels(args.model)
+    labels = load_labels(file, model.config)
+    if showing:
+        note_missing(labels)
+    return labels
+
+
+def note_missing(labels: Labels) -> None:
+    """Where names are shown and there are none, say where to get them."""
+    if not (labels.known or labels.unknown):
+        print(f"no labels, so concepts go by their numbers; {GET_LABELS}", file=sys.stderr)
 
 
 def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steering | None:
@@ -149,29 +175,80 @@ def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steerin
         except ValueError:
             strength = math.nan
         if not name or not math.isfinite(strength):
-            raise ValueError(f"--steer {flag}: expected CONCEPT=STRENGTH, as in sea=8 or 12=-7")
+            raise ValueError(f"--steer {printable(flag)}: expected CONCEPT=STRENGTH, as in sea=8 "
+                             "or 12=-7")
         concept, *group = ids = labels.resolve(name)
         for id in ids:
             if id in seen:
-                raise ValueError(f"--steer {flag}: {labels.name(id)} has a strength already")
+                raise ValueError(f"--steer {printable(flag)}: {printable(labels.name(id))} has a "
+                                 "strength already")
         seen.update(ids)
         one = (Steering.amplify(ids, strength) if strength >= 0
-               else Steering.unlearn(concept, tuple(group), strength, suppression))
+               else Steering.unlearn(concept, tuple(group), strength, suppression,
+                                     logit_units=True))
         steering = one if steering is None else steering + one
     return steering
 
 
-def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str) -> None:
-    """Print the concepts whose labels have the words of a query, and the tokens they promote."""
-    hits = labels.find(query)
+def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str,
+         discovered: bool = False) -> None:
+    """Print the concepts that a query means, best first, and the tokens that each promotes.
+
+    They are the concept of that number, and those whose labels have words of it; where there are
+    none, those that promote one of its words. Discovered concepts are left out unless asked for.
+    """
+    heads = {"known": labels.n_known}
+    if discovered:
+        heads["unknown"] = labels.n_unknown
+    number = re.fullmatch("#?([0-9]{1,18})", query.strip())
+    hits = [labels.label(int(number[1]), head) for head in heads
+            if number and int(number[1]) < heads[head]]
+    hits += [label for label in labels.find(query, discovered) if label not in hits]
     if not hits:
-        raise ValueError(f"--find {query}: no label has these words; {len(labels.by_id)} of "
-                         f"{labels.n_concepts} concepts have a label")
-    for label in hits:
-        tokens, _ = promoted(model, label.id, 8)
-        words = ", ".join(repr(tokenizer.decode([t], specials=True)) for t in tokens.tolist())
-        about = ": ".join(part for part in (label.group, label.description) if part)
-        print(f"{label.id:>6}  {label.name} ({about}) promotes {words}")
+        hits = [labels.label(concept, head) for concept, head in
+                promoting(model, tokenizer, query, heads)]
+        if not hits:
+            some = f"{len(labels.known)} of {labels.n_known} known concepts have labels"
+            raise ValueError(f"--find {printable(query)}: no label has these words, and no concept "
+                             "promotes one of them; " + (some if labels.known else GET_LABELS))
+        print("no label has these words; these concepts promote them:")
+    for label in hits[:MOST]:
+        print_concept(model, tokenizer, labels, label)
+    if len(hits) > MOST:
+        print(f"and {len(hits) - MOST} more: rarer words find fewer")
+    note_missing(labels)
+
+
+def print_concept(model: Steerling, tokenizer: Tokenizer, labels: Labels, label: Label) -> None:
+    """One line: a concept's number, name, group and description, and the tokens it promotes."""
+    tokens, _ = promoted(model, label.id, 8, head=label.head)
+    words = ", ".join(map(tokenizer.quoted, tokens.tolist()))
+    kind = "discovered" if labels.unknown.get(label.id) == label else ""  # else the name says so
+    about = ": ".join(part for part in (kind, label.group, label.description) if part)
+    print(f"{label.id:>6}  {printable(label.name)}{f' ({printable(about, 160)})' if about else ''} "
+          f"promotes {words}")
+
+
+@torch.no_grad()
+def promoting(model: Steerling, tokenizer: Tokenizer, query: str, heads: Iterable[str]
+              ) -> list[tuple[int, str]]:
+    """Concepts, each with its head, that have a word of the query among the 8 tokens that they
+    promote most; the strongest first."""
+    forms = {form for word in query.split() for form in (word, word.lower(), word.capitalize())}
+    tokens = [ids[0] for ids in map(tokenizer.encode, sorted(forms | {" " + x for x in forms}))
+              if len(ids) == 1]
+    found = {}
+    for head in heads:
+        table = model.known_head if head == "known" else model.unknown_head
+        concepts = torch.arange(table.n_concepts, device=model.device)
+        for token in tokens:
+            y = model.transformer.tok_emb(torch.tensor(token, device=model.device))  # (D,)
+            strengths = table.alignment(concepts[:, None], y.expand(len(concepts), -1))[:, 0]
+            for concept in strengths.topk(min(MOST, len(concepts))).indices.tolist():
+                if token in promoted(model, concept, 8, head=head)[0]:
+                    found[concept, head] = max(strengths[concept].item(),
+                                               found.get((concept, head), 0.0))
+    return sorted(found, key=found.get, reverse=True)[:MOST]
 
 
 def score(model: Steerling, tokenizer: Tokenizer, prompt: list[int], texts: list[str]) -> None:
@@ -230,11 +307,20 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
 
     explained = [explain(model, tokenizer, labels, steps, row, steering)
                  for row in range(args.num_samples) if args.explain or args.json]
+    like = []
+    if args.resembles:
+        corpus = texts_of_world(model) if args.resembles == WORLD else texts_of_file(args.resembles)
+        like = resemblances(model, tokenizer, labels, steps[-1].tokens[0].tolist(), corpus)
     if args.json:
+        if like:
+            explained[0]["resembles"] = like
         print_json(tokenizer, steps[-1], explained, args)
     else:
         print_texts(tokenizer, steps[-1], explained, args)
-        print(figures(model, counts, seconds))
+        print(figures(model, counts, seconds)
+              + (", slowed down for --watch" if args.watch and live(sys.stdout) else ""))
+        if like:
+            print_resemblances(like)
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # files last
@@ -310,7 +396,7 @@ def main() -> None:
         model, tokenizer = load(args.model, args.device, dtype, args.quantize == "int8")
         labels = labels_for(args, model)
         if args.find is not None:
-            find(model, tokenizer, labels, args.find)
+            find(model, tokenizer, labels, args.find, args.discovered)
             return
         prompt = (tokenizer.encode_chat([("user", args.prompt)]) if args.chat
                   else tokenizer.encode(args.prompt))

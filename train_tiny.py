@@ -1,7 +1,7 @@
 """Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
     python train_tiny.py                                    # the bundled model: under an hour
-    python train_tiny.py --minutes 10 --batch 4 --lr 0.006  # what a student has
+    python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt                      # on your own text
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
@@ -30,28 +30,30 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from steerling_min import Config, Steerling
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.config_json import config_to_dict
-from steerling_min.files.labels import write_labels
+from steerling_min.files.labels import Labels, write_labels
 from steerling_min.files.loading import pick_device
-from steerling_min.files.writing import replacing
 from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.files.writing import replacing
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
 from steerling_min.training.distributed import RANK, WORLD, agreed
 from steerling_min.training.evaluate import evaluate, held_out_loss, print_table
-from steerling_min.training.losses import lifted_tokens
+from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.resume import STATE, load_state, save_state
 
-STEPS = 12_000       # of the bundled model
+STEPS = 7_000        # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
+CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
-STEER_FROM = 0.5     # injections start after this part of training
+STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
 SAVE_EVERY = 60      # seconds
 
@@ -110,6 +112,16 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     return model
 
 
+@torch.no_grad()
+def start_concepts(model: Steerling, lift: Tensor) -> None:
+    """Let every known concept's embedding begin in the direction of the tokens that it lifts, of
+    length CONCEPT_NORM. lift (C, V); a concept that lifts nothing is left as it is."""
+    directions = lift @ model.transformer.tok_emb.weight  # (C, D)
+    given = directions.any(1)
+    embedding = model.known_head.concept_embedding.weight[: len(lift)]
+    embedding[given] = CONCEPT_NORM * F.normalize(directions[given], dim=-1)
+
+
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices, not on the norms' weights."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -140,7 +152,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
-    injected, strength = draw_injections(batch, generator)
+    injected, strength = draw_injections(batch, corpus.injected, generator)
     steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
@@ -165,8 +177,10 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
     if args.compile:
         model.transformer.compile()
     counted, _ = corpus.windows("counted", 200, config.block_size)
-    lifted = lifted_tokens(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
-    objective = Objective(model, args.without, lifted)
+    lift = lift_weights(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
+    if step == 0:
+        start_concepts(model, lift)
+    objective = Objective(model, args.without, lift)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
     held_out, first, recent = corpus.held_out(8, config.block_size), step, {}
@@ -211,8 +225,8 @@ def parse_args() -> Namespace:
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
     p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
-    p.add_argument("--lr", type=float, default=3e-3,
-                   help="peak learning rate (default: 0.003; larger models want less)")
+    p.add_argument("--lr", type=float, default=6e-3,
+                   help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
     p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
@@ -279,7 +293,8 @@ def run(args: Namespace) -> None:
     if RANK == 0:
         model.save_pretrained(args.out)
         corpus.tokenizer.save(args.out / RANK_FILE)
-        write_labels(corpus.labels, args.out)
+        write_labels(Labels(corpus.labels, model.config.n_concepts,
+                            model.config.n_unknown_concepts), args.out)
         if history:
             print(text_curve(history))
             try:

@@ -67,15 +67,15 @@ class Config:
         return cls()
 
     @classmethod
-    def tiny(cls, vocab_size: int = 826) -> "Config":
+    def tiny(cls, vocab_size: int = 795) -> "Config":
         """The bundled model: the same architecture, small enough to train on a laptop.
 
         The five special tokens are the last of the vocabulary, in `Tokenizer`'s order.
         """
         return cls(
             n_layers=4, n_head=4, n_kv_heads=2, n_embd=128, block_size=256, diff_block_size=16,
-            n_concepts=353, topk_known=16, topk_known_features=16,
-            n_unknown_concepts=1059, unknown_topk=96, factorize_rank=96,
+            n_concepts=294, topk_known=24, topk_known_features=24,
+            n_unknown_concepts=882, unknown_topk=128, factorize_rank=128,
             vocab_size=vocab_size, eos_token_id=vocab_size - 5, pad_token_id=vocab_size - 4,
             bos_token_id=vocab_size - 3, endofchunk_token_id=vocab_size - 2,
             mask_token_id=vocab_size - 1,

@@ -3,8 +3,9 @@
     hidden = known + unknown + epsilon
 
 `known` is a weighted sum of the embeddings of a few concepts that were named in training. `unknown`
-is the same over concepts that the model found by itself; Guide Labs now calls them *discovered*,
-and code and checkpoints keep `unknown`. `epsilon` is *defined* as what the two leave unexplained.
+is the same over concepts that the model found by itself, and that may be named afterwards; Guide
+Labs now calls them *discovered*, and code and checkpoints keep `unknown`. `epsilon` is *defined* as
+what the two leave unexplained.
 The logit of token v is the dot product of this sum with v's embedding. So it splits into a
 contribution of each concept, weight * (embedding . tok_emb[v]), and one of epsilon.
 
@@ -48,7 +49,7 @@ def dot_products(table: Tensor, ids: Tensor, y: Tensor) -> Tensor:
 
 
 class KnownHead(nn.Module):
-    """Concepts with names: a linear predictor, and an embedding for each."""
+    """Concepts named before training: a linear predictor, and an embedding for each."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -77,7 +78,7 @@ class KnownHead(nn.Module):
 
 
 class UnknownHead(nn.Module):
-    """Concepts without names, in the 8B three times as many: both tables are products of rank r."""
+    """Discovered concepts, in the 8B three times as many: both tables are products of rank r."""
 
     def __init__(self, config: Config):
         super().__init__()

@@ -40,7 +40,7 @@ class Suppression(NamedTuple):
                                # relu(tok_emb . embedding)
 
 
-UNLEARN, SUPPRESS = -8.0, 4.0  # logits: defaults of `Steering.unlearn`
+UNLEARN, SUPPRESS = -4.0, 2.0  # logits: defaults of `Steering.unlearn`
 
 
 @dataclass(frozen=True)

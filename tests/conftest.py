@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -57,6 +58,25 @@ def close(actual: torch.Tensor, expected: torch.Tensor, lesson: str, atol: float
 def same_weights(a, b):
     b = b.state_dict()
     return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
+
+
+CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+
+
+@pytest.fixture(autouse=True)
+def no_labels_from_elsewhere(monkeypatch):
+    """A label file that whoever runs the tests has chosen is not one of the tests'."""
+    monkeypatch.delenv("STEERLING_CONCEPTS_PATH", raising=False)
+
+
+@pytest.fixture
+def without_hub(tmp_path, monkeypatch):
+    """No huggingface_hub, and an empty home: where the hub's cache is, the environment says."""
+    for module in ("huggingface_hub", "huggingface_hub.constants"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in CACHE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="session")

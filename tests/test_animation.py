@@ -1,65 +1,104 @@
-"""The animated picture: every token, at its step, in the colour of its concept's group."""
+"""The animated picture: every token, at its step, on the colour of what it was written by."""
 
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from steerling_min import load, unmask
-from steerling_min.views.animation import COLOURS, HOLD, SECONDS, animation
-from steerling_min.files.loading import TINY
-from steerling_min.files.labels import Label, Labels, labels_beside
+from steerling_min import Tokenizer, load, unmask
+from steerling_min.files.labels import Labels
+from steerling_min.views import animation as module
+from steerling_min.views.animation import COLUMNS, HOLD, SECONDS, animation
+from steerling_min.views.explain import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
+BYTES = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+
+
+def parts(svg):
+    """What appears: (text, the colour its place turns to, when in parts of a round), in order."""
+    found = []
+    for rect, text in zip([*svg][:-1], [*svg][1:]):
+        if len(text) and text.tag == SVG + "text":
+            fill, opacity = rect[0], text[0]
+            assert (fill.get("attributeName"), opacity.get("attributeName")) == ("fill", "opacity")
+            assert fill.get("keyTimes") == opacity.get("keyTimes")
+            assert fill.get("values") == f"white;{rect.get('fill')}"
+            found.append((text.text, rect.get("fill"), float(fill.get("keyTimes").split(";")[1])))
+    return found
+
+
+def still(svg):
+    """What is there all the time: the prompt and the legend."""
+    return [x.text for x in svg.iter(SVG + "text") if not len(x)]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn(tokens, prompt) -> the SVG of (text, step, written by) triples."""
+    def drawn(tokens, prompt="p"):
+        explained = {"tokens": [dict(zip(("text", "step", "written_by"), x)) for x in tokens]}
+        monkeypatch.setattr(module, "explain", lambda *args: explained)
+        steps = [None] * (1 + max(step for _, step, _ in tokens))
+        return ElementTree.fromstring(animation(None, BYTES, None, steps, BYTES.encode(prompt)))
+    return drawn
+
+
+def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
+    svg = drawn([(" <b>", 1, "content"), (" &", 0, "discovered"), ("<|endofchunk|>", 2, "epsilon"),
+                 ("A", 3, "known")])
+    shown = SECONDS / (SECONDS + HOLD)
+    assert parts(svg) == [(" <b>", COLOURS["content"][0], pytest.approx(shown * 2 / 4, abs=1e-3)),
+                          (" &", COLOURS["discovered"][0], pytest.approx(shown / 4, abs=1e-3)),
+                          ("A", COLOURS["known"][0], pytest.approx(shown, abs=1e-3))]
+    assert [text.strip() for text in still(svg) if text.strip()] == [
+        "p", "written by", "known: content", "known", "discovered", "epsilon"], "the legend"
+    lines = {x.text: x.get("y") for x in svg.iter(SVG + "text")}
+    assert lines[" <b>"] == lines[" &"] != lines["A"], "a chunk is a line of its own"
+
+
+def test_characters_of_several_tokens_and_wide_ones_have_their_place(drawn):
+    svg = drawn([("", 0, "tone"), ("\u65e5\u672c", 1, "tone"), ("\u0301", 2, "tone")],
+                "caf\u00e9 \u2615")
+    prompt = "".join(still(svg)).split("written by")[0]
+    assert prompt == "caf\u00e9 \u2615"
+    places = {x.text: (float(x.get("x")), float(x.get("textLength")))
+              for x in svg.iter(SVG + "text")}
+    assert [text for text, *_ in parts(svg)] == ["\u65e5\u672c", "\u0301"]
+    x, length = places["\u65e5\u672c"]
+    assert length == pytest.approx(4 * module.WIDTH, abs=1), "two columns each"
+    assert places["\u0301"] == (pytest.approx(x + length, abs=1), pytest.approx(8, abs=1))
+    assert all(float(rect.get("width")) > 0 for rect in svg.iter(SVG + "rect"))
+
+
+@pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\r", "\ufffe"])
+def test_a_control_character_leaves_it_well_formed(drawn, character):
+    assert still(drawn([("a", 0, "tone")], f"p{character}p"))[:3] == ["p", "\ufffd", "p"]
+
+
+def test_line_feeds_and_tabs_are_kept(drawn):
+    svg = drawn([("a\n\nb", 0, "tone")], "p\tp\nq")
+    lines = {x.text: int(x.get("y")) // module.HEIGHT for x in svg.iter(SVG + "text")}
+    assert (lines["p"], lines["q"], lines["a"], lines["b"]) == (1, 2, 2, 4)
+    assert "    " in still(svg)
 
 
 @pytest.fixture(scope="module")
 def run():
     model, tokenizer = load()
     prompt = tokenizer.encode("<The> & sailor")
-    return model, tokenizer, prompt, list(unmask(model, [prompt], 20, seed=1))
+    return model, tokenizer, prompt, list(unmask(model, [prompt], 40, seed=1))
 
 
-def drawn(run, labels=None):
+def test_the_text_is_all_there_and_fits(run):
     model, tokenizer, prompt, steps = run
-    labels = labels or labels_beside(TINY, model.config.n_concepts)
-    return ElementTree.fromstring(animation(model, tokenizer, labels, steps, prompt))
-
-
-def written(svg):
-    """The tokens that appear: (text, colour, when in parts of a round)."""
-    return [(x.text, x.get("fill"), float(x[0].get("keyTimes").split(";")[1]))
-            for x in svg.iter(SVG + "text") if x.get("opacity") == "0"]
-
-
-def test_the_text_is_all_there_and_escaped(run):
-    _, tokenizer, prompt, steps = run
-    svg = drawn(run)
-    text = "".join(x.text or "" for x in svg.iter(SVG + "text") if x.get("textLength"))
+    text = animation(model, tokenizer, Labels([], 24, 64), steps, prompt)
+    svg = ElementTree.fromstring(text)
+    shown = "".join(x.text for x in svg.iter(SVG + "text")).split("written by")[0]
     expected = tokenizer.decode(steps[-1].tokens[0].tolist(), specials=True)
     expected = re.sub(r"<\|end\w+\|>", "", expected)
-    assert text.replace(" ", "") == expected.replace(" ", ""), "spaces go where a line ends"
-
-
-def test_a_token_appears_at_its_step(run):
-    steps = run[3]
-    order = {p: n for n, step in enumerate(steps) for p in step.positions[0].tolist()}
-    expected = [SECONDS * (order[p] + 1) / len(steps) / (SECONDS + HOLD) for p in sorted(order)
-                if run[1].decode([steps[-1].tokens[0, p].item()])]
-    assert [when for *_, when in written(drawn(run))] == pytest.approx(expected, abs=1e-3)
-
-
-def test_a_token_has_the_colour_of_its_concepts_group(run):
-    assert {colour for _, colour, _ in written(drawn(run))} <= set(COLOURS[:3])
-    C = run[0].config.n_concepts
-    one = Labels([Label(c, str(c), "", "only") for c in range(C)], C)
-    assert {colour for _, colour, _ in written(drawn(run, one))} == {COLOURS[0]}
-    none = drawn(run, Labels([], C))
-    assert {colour for _, colour, _ in written(none)} == {"#111"}, "no labels, no groups"
-
-
-def test_nothing_is_loaded_from_elsewhere(run):
-    model, tokenizer, prompt, steps = run
-    text = animation(model, tokenizer, labels_beside(TINY, 24), steps, prompt)
+    assert shown.replace(" ", "") == expected.replace(" ", ""), "spaces go where a line ends"
+    for x in svg.iter(SVG + "text"):
+        assert float(x.get("x")) + float(x.get("textLength")) <= COLUMNS * module.WIDTH + 1
     assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"]
-    assert "href" not in text and "script" not in text
+    assert "href" not in text and "script" not in text, "nothing is loaded from elsewhere"

@@ -147,7 +147,7 @@ def test_a_text_is_explained_where_the_model_is(small):
     tokenizer = Tokenizer.train("abcd", CONFIG.vocab_size)
     for steering in (None, Steering(known=((2, 1.5),))):
         steps = list(unmask(small, [[1, 2, 3]], 6, seed=0, steering=steering))
-        explain(small, tokenizer, Labels([], CONFIG.n_concepts), steps, 0, steering)
+        explain(small, tokenizer, Labels([], 8, 8), steps, 0, steering)
     place = int(steps[0].positions[0][0])
     assert input_attribution(small, steps[-1].tokens[0], place, 3, 2).device == CARD
     assert promoted(small, 1, 2)[0].device == nearest(small, 1)[0].device == CARD

@@ -1,16 +1,20 @@
-"""From a name to a model: its folder is found, and its tokenizer and its device fit it."""
+"""From a name to a model: its folder is found, its labels, and its tokenizer and device fit it."""
 
 import dataclasses
 import json
+import re
+import runpy
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, same_weights
+from conftest import CACHE_VARIABLES, GOLDEN, same_weights
 
 from steerling_min import Config, Steerling, Tokenizer, load
-from steerling_min.files.loading import find_checkpoint
+from steerling_min.files.loading import TINY, find_checkpoint, find_labels, hub_cache
 from steerling_min.files.tokenizer import RANK_FILE
 
 # ---- finding a checkpoint ------------------------------------------------------------------------
@@ -18,43 +22,86 @@ from steerling_min.files.tokenizer import RANK_FILE
 HUB_ID = "guidelabs/steerling-8b"
 
 
-def fake_cache(cache, source):
+def fake_cache(cache, files, repo=HUB_ID):
     """The Hugging Face cache's layout: snapshots of symlinks to blobs, and a ref that names one."""
-    repo = cache / "models--guidelabs--steerling-8b"
+    folder = cache / f"models--{repo.replace('/', '--')}"
     for name in ("blobs", "refs", "snapshots/abc123", "snapshots/older"):
-        (repo / name).mkdir(parents=True)
-    (repo / "refs" / "main").write_text("abc123")
-    for i, name in enumerate(("config.json", "model.safetensors")):
-        shutil.copy(source / name, repo / "blobs" / f"blob{i}")
-        (repo / "snapshots" / "abc123" / name).symlink_to(f"../../blobs/blob{i}")
-    return repo / "snapshots" / "abc123"
+        (folder / name).mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc123")
+    for i, file in enumerate(files):
+        shutil.copy(file, folder / "blobs" / f"blob{i}")
+        (folder / "snapshots" / "abc123" / file.name).symlink_to(f"../../blobs/blob{i}")
+    return folder / "snapshots" / "abc123"
 
 
-@pytest.mark.parametrize("variable, cache", [
-    ("HF_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
-    ("HOME", ".cache/huggingface/hub")])
-def test_a_hub_id_is_looked_up_where_hf_download_puts_it(variable, cache, tmp_path, monkeypatch,
-                                                         model):
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))
-    monkeypatch.setenv(variable, str(tmp_path))
-    snapshot = fake_cache(tmp_path / cache, GOLDEN)
+CHECKPOINT = [GOLDEN / "config.json", GOLDEN / "model.safetensors"]
+# The environment, with the test's folder for HERE, and where in that folder the cache is.
+CACHES = [
+    ({"HF_HUB_CACHE": "HERE"}, "."), ({"HUGGINGFACE_HUB_CACHE": "HERE/old"}, "old"),
+    ({"HF_HOME": "HERE"}, "hub"), ({"XDG_CACHE_HOME": "HERE"}, "huggingface/hub"),
+    ({}, "home/.cache/huggingface/hub"), ({"HF_HOME": "~/hf"}, "home/hf/hub"),
+    ({"HF_HOME": "$DISK/hf", "DISK": "HERE"}, "hf/hub"),
+    ({"HF_HUB_CACHE": "~/$NAME", "NAME": "models"}, "home/models"),
+    ({"HUGGINGFACE_HUB_CACHE": "${DISK}/old", "DISK": "HERE"}, "old"),
+    ({"HF_HUB_CACHE": "HERE/a", "HUGGINGFACE_HUB_CACHE": "HERE/b", "HF_HOME": "HERE/c"}, "a"),
+    ({"HUGGINGFACE_HUB_CACHE": "HERE/b", "HF_HOME": "HERE/c", "XDG_CACHE_HOME": "HERE/d"}, "b"),
+    ({"HF_HOME": "HERE/c", "XDG_CACHE_HOME": "HERE/d"}, "c/hub")]
+
+
+@pytest.mark.parametrize("environment, cache", CACHES, ids=lambda x: str(x))
+def test_a_hub_id_is_looked_up_where_hf_download_puts_it(environment, cache, tmp_path, monkeypatch,
+                                                         without_hub):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("HERE", str(tmp_path)))
+    snapshot = fake_cache(tmp_path / cache, CHECKPOINT)
     assert find_checkpoint(HUB_ID) == snapshot
+
+
+@pytest.mark.parametrize("environment, cache", CACHES, ids=lambda x: str(x))
+def test_the_rules_are_those_of_huggingface_hub(environment, cache, tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub", reason="pip install -e '.[hub]'")
+    for name in CACHE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("HERE", str(tmp_path)))
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)
+    found = runpy.run_module("huggingface_hub.constants")["HF_HUB_CACHE"]
+    assert Path(found) == tmp_path / cache
+
+
+def test_where_huggingface_hub_is_installed_it_says(tmp_path, monkeypatch, without_hub):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "not here"))
+    for module in ("huggingface_hub", "huggingface_hub.constants"):
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(HF_HUB_CACHE=str(tmp_path)))
+    assert hub_cache() == tmp_path
+
+
+def test_a_cached_model_is_read(tmp_path, monkeypatch, without_hub, model):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    fake_cache(tmp_path, CHECKPOINT)
     assert same_weights(Steerling.from_pretrained(find_checkpoint(HUB_ID)), model)
 
 
-def test_a_hub_id_that_is_not_cached_names_the_download_command(tmp_path, monkeypatch):
+def test_a_hub_id_that_is_not_cached_names_the_readmes_command(tmp_path, monkeypatch, without_hub):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=f"hf download {HUB_ID}") as error:
+    with pytest.raises(FileNotFoundError) as error:
         find_checkpoint(HUB_ID)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    command = str(error.value).split("to download it: ")[1]
+    assert command.endswith(f"&& hf download {HUB_ID} && hf download guidelabs/steerling "
+                            "concept_labels.parquet"), "the weights, and the concepts' names"
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    assert re.search(f"^    {re.escape(command)}$", readme, re.M)
+    with pytest.raises(FileNotFoundError) as error:
+        find_checkpoint("someone/else")
+    assert str(error.value).endswith("&& hf download someone/else"), "other labels are not known"
 
 
-def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
+def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch, without_hub):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    fake_cache(tmp_path / "cache", GOLDEN)
+    fake_cache(tmp_path / "cache", CHECKPOINT)
     (tmp_path / HUB_ID).mkdir(parents=True)
     assert find_checkpoint(HUB_ID) == Path(HUB_ID)
 
@@ -64,6 +111,62 @@ def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(name, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^no checkpoint folder at {name}$"):
         find_checkpoint(name)
+
+
+# ---- finding its labels --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, without_hub):
+    """Guide Labs' two repositories, downloaded: the weights' snapshot, and the labels file."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    weights = fake_cache(tmp_path / "hub", CHECKPOINT)
+    labels = tmp_path / "concept_labels.parquet"
+    labels.touch()
+    return weights, fake_cache(tmp_path / "hub", [labels], "guidelabs/steerling") / labels.name
+
+
+def test_the_labels_of_the_hubs_models_are_in_a_repository_of_their_own(hub, tmp_path):
+    weights, labels = hub
+    assert find_labels(HUB_ID) == find_labels(weights) == labels
+    instruct = fake_cache(tmp_path / "hub", CHECKPOINT, HUB_ID + "-instruct")
+    assert find_labels(HUB_ID + "-instruct") == labels
+    fake_cache(tmp_path / "hub", CHECKPOINT, "someone/steerling-8b")
+    assert find_labels("someone/steerling-8b") is None, "its concepts may be others"
+    beside = instruct / "concept_labels.csv"
+    beside.touch()
+    assert find_labels(HUB_ID + "-instruct") == beside, "what lies beside the weights is theirs"
+
+
+def test_labels_that_were_not_downloaded_are_none(tmp_path, monkeypatch, without_hub):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    fake_cache(tmp_path, CHECKPOINT)
+    assert find_labels(HUB_ID) is None
+    labels = fake_cache(tmp_path, [GOLDEN / "config.json"], "guidelabs/steerling")
+    assert find_labels(HUB_ID) is None, "the repository, without the file"
+    (labels / "concept_labels.parquet").symlink_to("../../blobs/gone")
+    assert find_labels(HUB_ID) is None, "a link to nothing"
+
+
+def test_labels_lie_beside_a_checkpoint(hub, tmp_path):
+    assert find_labels(None) == TINY / "concept_labels.csv"
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert find_labels(folder) is None, "a folder of one's own is none of the hub's"
+    for name in ("concept_labels.parquet", "concept_labels.csv"):  # the one written here wins
+        (folder / name).touch()
+        assert find_labels(folder) == folder / name
+
+
+def test_a_variable_names_the_label_file(hub, tmp_path, monkeypatch):
+    chosen = tmp_path / "chosen.parquet"
+    monkeypatch.setenv("STEERLING_CONCEPTS_PATH", str(chosen))
+    with pytest.raises(FileNotFoundError, match="^STEERLING_CONCEPTS_PATH: there is no file .*ch"):
+        find_labels(HUB_ID)
+    chosen.touch()
+    assert find_labels(HUB_ID) == find_labels(None) == chosen
+    monkeypatch.setenv("STEERLING_CONCEPTS_PATH", "")
+    assert find_labels(HUB_ID) == hub[1], "empty is not set"
 
 
 # ---- a model with its tokenizer ------------------------------------------------------------------

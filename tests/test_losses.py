@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import close
 
-from steerling_min.training.losses import (compose, express_loss, independence_loss, known_forcing,
-                                  lifted_tokens, log_absent, presence_loss, reconstruction_loss,
-                                  respond_loss, unknown_forcing)
+from steerling_min.training.losses import (alignment_loss, compose, express_loss,
+                                           independence_loss, known_forcing, lift_weights,
+                                           log_absent, presence_loss, reconstruction_loss,
+                                           respond_loss, unknown_forcing)
 
 B, T, D, C, V = 2, 6, 5, 4, 7
 # Two windows; -1 are special tokens. Chunk 2 is cut by its window's edge.
@@ -81,24 +82,23 @@ def test_without_labels_only_the_negatives_cost():
 # ---- reconstruction and independence -------------------------------------------------------------
 
 
-def test_the_unknown_head_is_to_supply_what_the_labels_leave_over():
-    unknown, hidden, labelled = (normal(B, T, D, seed=i) for i in range(3))
-    expected = sum((unknown[b, i, d] - (hidden[b, i, d] - labelled[b, i, d])).item() ** 2
-                   for b in range(B) for i in range(T) for d in range(D)) / (B * T * D)
-    assert reconstruction_loss(unknown, hidden, labelled).item() == pytest.approx(expected)
+def test_the_unknown_head_is_to_supply_what_the_known_side_leaves_over():
+    unknown, hidden, known = (normal(T, D, seed=i) for i in range(3))
+    expected = sum((unknown[i, d] - (hidden[i, d] - known[i, d])).item() ** 2
+                   for i in range(T) for d in range(D)) / (T * D)
+    assert reconstruction_loss(unknown, hidden, known).item() == pytest.approx(expected)
 
 
 def test_reconstruction_sends_gradient_to_the_unknown_side_only():
     parts = [normal(B, T, D, seed=i).requires_grad_() for i in range(3)]
     reconstruction_loss(*parts).backward()
-    unknown, hidden, labelled = parts
+    unknown, hidden, known = parts
     assert (unknown.grad != 0).all()
-    assert hidden.grad is None and labelled.grad is None, "the target is a constant"
+    assert hidden.grad is None and known.grad is None, "the target is a constant"
 
 
 def test_independence_is_the_squared_norm_of_the_cross_covariance():
-    known, unknown = normal(B, T, D, seed=1), normal(B, T, D, seed=2)
-    k, u = known.flatten(0, 1), unknown.flatten(0, 1)
+    k, u = known, unknown = normal(B * T, D, seed=1), normal(B * T, D, seed=2)
     M, expected = B * T, 0.0
     for i in range(D):
         for j in range(D):
@@ -111,19 +111,45 @@ def test_independence_is_the_squared_norm_of_the_cross_covariance():
 
 
 def test_independence_moves_the_unknown_side_only():
-    known, unknown = (normal(B, T, D, seed=i).requires_grad_() for i in (1, 2))
+    known, unknown = (normal(B * T, D, seed=i).requires_grad_() for i in (1, 2))
     independence_loss(known, unknown).backward()
     assert known.grad is None and (unknown.grad != 0).all()
+
+
+# ---- what concepts say ---------------------------------------------------------------------------
+
+
+def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all():
+    counts = torch.tensor([[8.0, 1, 1], [75, 10, 15], [30, 30, 40], [20, 1, 79]])
+    # Shares in all chunks: 0.2, 0.01, 0.79. Lifts of the first: 4, 10, 0.1; of the last: 1.5, ...
+    a, b = 0.8 * math.log(4 / 2), 0.1 * math.log(10 / 2)
+    close(lift_weights(counts)[0], torch.tensor([a, b, 0.0]) / (a + b),
+          "share times the log of lift over 2; what is lifted less than twice counts nothing")
+    assert (lift_weights(torch.tensor([[3, 3, 4], [30, 30, 40]])) == 0).all(), "nothing is lifted"
+
+
+def test_alignment_is_the_cross_entropy_of_what_the_embedding_alone_promotes():
+    embedding, tok_emb = normal(2, D).requires_grad_(), normal(V, D).requires_grad_()
+    lift = torch.zeros(2, V, dtype=torch.float64)
+    lift[0, 3], lift[0, 5] = 0.25, 0.75  # the second concept lifts nothing
+    p = [math.exp(sum(embedding[0, d].item() * tok_emb[v, d].item() for d in range(D)))
+         for v in range(V)]
+    expected = -0.25 * math.log(p[3] / sum(p)) - 0.75 * math.log(p[5] / sum(p))
+    loss = alignment_loss(embedding, tok_emb, lift)
+    assert loss.item() == pytest.approx(expected / 2), "the mean over concepts"
+    loss.backward()
+    assert tok_emb.grad is None, "the vocabulary is to serve the language"
+    assert (embedding.grad[0] != 0).all() and (embedding.grad[1] == 0).all()
 
 
 # ---- the two devices -----------------------------------------------------------------------------
 
 
-def test_the_known_side_is_forced_fully_then_by_half():
+def test_the_known_side_is_forced_fully_then_by_a_tenth():
     assert known_forcing(0.0) == known_forcing(0.15) == 1.0
-    assert known_forcing(0.325) == pytest.approx(0.75), "half-way down the cosine"
+    assert known_forcing(0.425) == pytest.approx(0.55), "half-way down the cosine"
     assert 1.0 - known_forcing(0.2) < (1.0 - known_forcing(0.4)) / 4, "a cosine starts slowly"
-    assert known_forcing(0.5) == known_forcing(1.0) == pytest.approx(0.5)
+    assert known_forcing(0.7) == known_forcing(1.0) == pytest.approx(0.1)
 
 
 def test_the_unknown_side_is_forced_fully_then_linearly_by_half():
@@ -183,12 +209,6 @@ def test_respond_is_the_surprise_of_the_injected_concept_where_it_is_injected():
     loss.backward()
     assert int((logits.grad != 0).sum()) == 3
     assert respond_loss(logits, torch.full_like(injected, -1)).item() == 0.0
-
-
-def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all():
-    counts = torch.tensor([[8.0, 1, 1], [1, 1, 8], [30, 30, 40]])  # two concepts, then all chunks
-    assert lifted_tokens(counts).tolist() == [[True, False, False], [False, False, False]], (
-        "0.8 / 0.3 > 2; 0.8 / 0.4 is not above 2")
 
 
 def test_express_averages_the_lifted_mass_of_a_chunk_before_the_logarithm():

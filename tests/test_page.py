@@ -12,7 +12,7 @@ from steerling_min import load, unmask
 from steerling_min.files.labels import Label, Labels
 from steerling_min.views.page import page
 
-PROMPT = 'The <script>alert("old")</script> & sailor'
+PROMPT = 'The <script>alert("old")</script> & @DATA@ caf\u00e9 \u2615 @TITLE@ sailor'
 NEW = 16
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
@@ -20,10 +20,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def written():
     model, tokenizer = load()
-    prompt = tokenizer.encode(PROMPT)
-    steps = list(unmask(model, [prompt], NEW, seed=1, align=True))
-    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts)
-    return steps, tokenizer, prompt, page(model, tokenizer, labels, steps, prompt)
+    prompt = [*tokenizer.encode(PROMPT), tokenizer.endofchunk_token_id]
+    steps = list(unmask(model, [prompt] * 2, NEW, seed=1, align=True))
+    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts,
+                    model.config.n_unknown_concepts)
+    return steps, tokenizer, prompt, page(model, tokenizer, labels, steps, prompt, row=1)
 
 
 def data_of(text):
@@ -39,7 +40,21 @@ def test_the_page_needs_nothing_from_elsewhere(written):
 def test_no_text_can_become_markup(written):
     text = written[3]
     assert "<script>alert" not in text and text.count("</script>") == 2
-    assert data_of(text)["prompt"] == PROMPT, "yet all of it is there"
+    assert "".join(data_of(text)["prompt"]) == PROMPT + "<|endofchunk|>", "yet all of it is there"
+    assert "<title>The &lt;script&gt;alert(&quot;old&quot;)&lt;/script&gt; &amp; @DATA@ caf" in text
+
+
+def test_a_token_is_shown_as_explain_has_it(written):
+    steps, tokenizer, prompt, text = written
+    data = data_of(text)
+    assert len(data["prompt"]) == len(prompt), "one by one: inputs among them can be pointed at"
+    for token in data["tokens"]:
+        assert token["id"] == steps[-1].tokens[1, token["position"]], "of the second text"
+        assert token["logit"] == pytest.approx(sum(token["parts"].values()), abs=1e-5)
+        assert {item["head"] for item in token["concepts"]} == {"known", "discovered"}
+    everywhere = data["prompt"] + [item["text"] for token in data["tokens"]
+                                   for item in (token, *token["inputs"])]
+    assert not any("\ufffd" in piece for piece in everywhere)
 
 
 def test_a_full_context_stays_under_a_megabyte(written):
@@ -53,9 +68,9 @@ def test_inputs_are_those_of_the_step_that_committed_the_token(written):
     steps, tokenizer, prompt, text = written
     found = {token["position"]: token["inputs"] for token in data_of(text)["tokens"]}
     assert found.keys() == set(range(len(prompt), len(prompt) + NEW))
-    first = steps[0].positions[0].item()
+    first = steps[0].positions[1].item()
     assert all(item["position"] < len(prompt) for item in found[first]), "all else was masks"
-    when = {step.positions[0].item(): i for i, step in enumerate(steps)}
+    when = {step.positions[1].item(): i for i, step in enumerate(steps)}
     for position, items in found.items():
         assert len(items) <= 5
         for item in items:
@@ -64,49 +79,91 @@ def test_inputs_are_those_of_the_step_that_committed_the_token(written):
 
 HARNESS = """
 <script>
+{  // names of its own
 const failures = [], result = {};
 window.onerror = (message) => { failures.push(String(message)); };
-const shown = () => [...document.querySelectorAll("#text span")].map((s) => s.textContent);
+const all = (selector) => [...document.querySelectorAll(selector)];
+const move = (step) => {
+  const range = document.getElementById("step");
+  range.value = step;
+  range.dispatchEvent(new Event("input"));
+};
+const places = () => all("#text span").map((s) => {
+  const box = s.getBoundingClientRect();
+  return [box.left, box.top, box.width, box.height].join();
+});
+document.body.style.width = "358px";  // a phone's 390, less the margins
 result.full = document.getElementById("text").textContent;
-const range = document.getElementById("step");
-range.value = 3;
-range.dispatchEvent(new Event("input"));
-result.masksAt3 = shown().filter((t) => t === "\\u2591").length;
-range.value = range.max;
-range.dispatchEvent(new Event("input"));
-document.querySelectorAll("#text span")[2].dispatchEvent(new MouseEvent("mouseenter"));
+const before = places();
+move(3);
+result.masksAt3 = all("#text span").filter((s) => s.inert).length;
+result.moved = places().filter((place, i) => place !== before[i]).length;
+result.wider = document.getElementById("text").scrollWidth > 358;
+move(document.getElementById("step").max);
+result.last = all("#text span[inert]").length;
+all("#text span[tabindex]")[2].dispatchEvent(new MouseEvent("mouseenter"));
 result.about = document.getElementById("about").textContent;
-result.bars = document.querySelectorAll("#about i.bar").length;
-result.chosen = document.querySelectorAll("#text span.chosen").length;
-result.bold = document.querySelector("#text b").children.length;
+result.bars = all("#about tr").map((row) => [row.cells[1].textContent,
+                                             parseFloat(row.querySelector("i").style.width)]);
+result.chosen = all("#text span.chosen").length;
+result.inputs = all("#text span").flatMap((s, i) => s.className.includes("input") ? [i] : []);
+result.first = document.querySelector("button, input, [tabindex]").id;
+result.endWidth = all("#text span.prompt").at(-1).getBoundingClientRect().width;
+result.legend = all("#legend span").map((s) => s.textContent);
+result.sticky = getComputedStyle(document.getElementById("about")).position;
+result.page = getComputedStyle(document.body).backgroundColor;
+result.children = all("#text span *").length;
 result.failures = failures;
 const out = document.createElement("pre");
 out.id = "result";
 out.textContent = JSON.stringify(result);
 document.body.append(out);
+}
 </script>
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_in_a_browser_the_text_is_shown_hovered_and_played(written, tmp_path):
-    steps, tokenizer, prompt, text = written
+@pytest.fixture(params=["light", "dark"])
+def seen(written, tmp_path, request):
+    """What a browser makes of the page, in the light and in the dark scheme."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine")
     early = '<script>window.onerror = (m) => { document.title = "error: " + m; };</script>'
     file = tmp_path / "page.html"
-    text_and_harness = text.replace("<body>", "<body>" + early).replace("</body>", HARNESS)
-    file.write_text(text_and_harness, encoding="utf-8")
+    file.write_text(written[3].replace("<body>", "<body>" + early).replace("</body>", HARNESS),
+                    encoding="utf-8")
     done = subprocess.run(
         [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--no-first-run", f"--user-data-dir={tmp_path}/profile", "--dump-dom", file.as_uri()],
+         "--no-first-run", f"--user-data-dir={tmp_path}/profile", "--dump-dom",
+         f"--blink-settings=preferredColorScheme={int(request.param == 'light')}", file.as_uri()],
         capture_output=True, text=True, timeout=120)
     assert "<title>error" not in done.stdout, done.stdout[:500]
     result = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', done.stdout)[1]))
-    ids = steps[-1].tokens[0].tolist()
-    chunks = tokenizer.decode(ids, specials=True).split("<|endofchunk|>")
-    assert result["full"] == "\n".join(chunks), "the page shows the generated text"
-    assert result["masksAt3"] == NEW - 3, "the slider plays the unmasking"
-    token = data_of(text)["tokens"][2]
-    assert f"committed in step {token['step'] + 1} of {NEW}" in result["about"]
-    assert token["concepts"][0]["name"] in result["about"] and result["chosen"] == 1
-    assert result["bars"] == len(token["concepts"]) + len(token["inputs"])
-    assert result["bold"] == 0 and result["failures"] == []
+    assert result["failures"] == []
+    assert result["page"] == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 17, 17)"}[
+        request.param]
+    return result
+
+
+def test_in_a_browser_the_text_is_shown_hovered_and_played(written, seen):
+    steps, tokenizer, prompt, text = written
+    whole = tokenizer.decode(steps[-1].tokens[1].tolist(), specials=True)
+    assert seen["full"] == whole.replace("<|endofchunk|>", "\u00b6\n") and seen["children"] == 0
+    assert (seen["masksAt3"], seen["last"]) == (NEW - 3, 0), "the slider plays the unmasking"
+    assert seen["moved"] == 0 and not seen["wider"], "masks keep the places of their tokens"
+    assert seen["endWidth"] > 5, "the end of a chunk can be pointed at"
+    assert seen["first"] == "play" and seen["sticky"] == "sticky"
+    data = data_of(text)
+    token = data["tokens"][2]
+    assert f"written in step {token['step'] + 1} of {NEW}" in seen["about"] and seen["chosen"] == 1
+    assert all(item["name"] in seen["about"] for item in token["concepts"])
+    assert seen["inputs"] == sorted(item["position"] for item in token["inputs"]), (
+        "its inputs are underlined, the prompt's too")
+    assert seen["legend"] == [*data["legend"].values()]
+    parts = [*token["parts"].values()]
+    sizes = parts + [item["contribution"] for item in token["concepts"] + token["inputs"]]
+    assert len(seen["bars"]) == len(sizes)
+    for number, width in seen["bars"]:
+        size = float(number.replace("\u2212", "-"))
+        assert width == pytest.approx(6 * abs(size) / max(map(abs, sizes)), abs=0.02), (
+            "all bars of a token have one scale")

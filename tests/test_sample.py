@@ -16,11 +16,14 @@ import torch
 
 import sample
 from steerling_min import Config, Steerling, Tokenizer, load
+from steerling_min.attribution import promoted
 from steerling_min.files.loading import TINY
 from steerling_min.unmasking import Step
 
 FIGURES = (r"(\d+) tokens in (\d+) steps, [\d.]+ s: ([\d.]+) tok/s, ([\d.]+) GB/s of weights read, "
            r"[\d.]+ GB peak memory")
+
+KNOWN = Config.tiny().n_concepts  # of the model in tiny_folder
 
 
 @pytest.fixture
@@ -67,7 +70,8 @@ def test_a_prompt_may_be_piped_in(run, tiny_folder, tmp_path):
                            cwd=tmp_path, env=env)
     assert (piped.returncode, piped.stderr) == (0, "")
     heading, texts, figures = parts(piped.stdout)
-    assert "seed 7" in heading and "1,181,056 parameters, float32, on cpu" in heading
+    size = sum(p.numel() for p in load(tiny_folder, "cpu")[0].parameters())
+    assert "seed 7" in heading and f"{size:,} parameters, float32, on cpu" in heading
     assert len(texts) == 1 and texts[0].startswith("abcd ab")
     given = parts(run("--seed", 7).out)
     assert texts == given[1], "the same as --prompt: the newline that echo adds is no part of it"
@@ -192,29 +196,33 @@ def test_a_page_and_an_animation_are_written(run, tmp_path):
 
 def test_every_token_is_explained(run):
     out = run("--seed", 1, "--explain", model=None, new=6).out
-    rows = re.findall(r"^ +(\d+) +\d+%  '.+?' +-?[\d.]+  \w+ [+-][\d.]+, ", out, re.M)
-    assert sorted(map(int, rows)) == list(range(6)), "six tokens, each with the step it came in"
-    shares = re.search(r"known ([\d.]+)%, unknown ([\d.]+)%, epsilon ([\d.]+)%", out)
+    row = r"^ +(\d+) +\d+%  .+? +-?[\d.]+ = +-?[\d.]+( [+-] +[\d.]+){2}  .+ [+-][\d.]+$"
+    rows = re.findall(row, out, re.M)
+    assert sorted(int(step) for step, _ in rows) == list(range(6)), "each with its step"
+    shares = re.search(r"known ([\d.]+)%, discovered ([\d.]+)%, epsilon ([\d.]+)%", out)
     assert sum(map(float, shares.groups())) == pytest.approx(100, abs=0.2)
 
 
 def test_the_same_as_json_for_programs(run):
-    result = run("--seed", 1, "--explain", "--json", "--num-samples", 2, model=None, new=6)
+    result = run("--seed", 1, "--explain", "--json", "--num-samples", 2, "--prompt", "caf\u00e9",
+                 model=None, new=6)
     found = json.loads(result.out)
     assert found["seed"] == 1 and len(found["samples"]) == 2
     for text in found["samples"]:
         written = "".join(token["text"] for token in text["tokens"])
         assert written.replace("<|endofchunk|>", "\n") in text["text"]
         assert sorted(token["step"] for token in text["tokens"]) == list(range(6))
-        assert sum(text["shares"].values()) == pytest.approx(1, abs=1e-5)
-        assert text["unwritten"] == 0
-        concept = text["tokens"][0]["concepts"][0]
-        assert concept.keys() == {"id", "name", "contribution"}
+        assert text.keys() == {"text", "unwritten", "tokens", "chunks", "shares"}
+        concepts = text["tokens"][0]["concepts"]
+        assert {concept["head"] for concept in concepts} == {"known", "discovered"}
+        assert all({"head", "id", "name", "contribution"} <= concept.keys() for concept in concepts)
+        assert text["chunks"] and text["unwritten"] == 0
 
 
-def test_concepts_are_found_with_the_tokens_they_promote(run):
-    out = run("--find", "mood afraid", stdin=Terminal(), model=None, new=None).out
-    assert re.fullmatch(r" +9  afraid \(mood: .+\) promotes ('.+', ){7}'.+'\n", out)
+def test_the_figures_say_that_a_watched_text_was_slowed_down(run, monkeypatch):
+    assert "slowed" not in run("--watch").out, "no terminal, no pause"
+    monkeypatch.setattr(sample, "live", lambda out: True)
+    assert run("--watch").out.endswith(", slowed down for --watch\n")
 
 
 def test_continuations_are_scored(run):
@@ -262,6 +270,124 @@ def test_in_global_order_the_text_ends_at_the_first_mask(run, monkeypatch):
     assert "\nab\n---" in run("--seed", 0, "--order", "global").out
 
 
+# ---- searching the concepts ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def search(run, tmp_path):
+    """Search the concepts of the tiny folder's model: search(query) -> what it wrote, by lines.
+
+    labels: the rows of a label file; None, no file.
+    """
+    def search(query, *args, labels=("0,sea,full of ships,known,topic", "1,ships,,known,",
+                                     "2,4,a number,known,",
+                                     f"{KNOWN},seas,full of ships,unknown,deep",
+                                     f"{KNOWN + 3},ships,,unknown,")):
+        file = tmp_path / "labels.csv"
+        if labels is not None:
+            head = "concept_id,concept_name,concept_description,head,group_name"
+            file.write_text("\n".join((head, *labels)))
+            args = (*args, "--labels", file)
+        result = run("--find", query, *args, stdin=Terminal(), new=None)
+        if result.code == 0:
+            result.lines = result.out.splitlines()
+        return result
+    return search
+
+
+def names(result) -> list[str]:
+    """The concepts of a search: what stands before the tokens they promote."""
+    found = [re.fullmatch(r" *(\d+  .+?) promotes \S.+", line) for line in result.lines]
+    return [match[1] for match in found]
+
+
+def test_concepts_are_found_by_their_labels_with_the_tokens_they_promote(search, tiny_folder):
+    result = search("SHIPS")
+    assert names(result) == ["1  ships", "0  sea (topic: full of ships)"], "by name, then by text"
+    model, tokenizer = load(tiny_folder, "cpu")
+    tokens = map(tokenizer.quoted, promoted(model, 1, 8)[0].tolist())
+    assert result.lines[0].endswith(" promotes " + ", ".join(tokens)) and result.err == ""
+
+
+def test_discovered_concepts_are_found_when_asked_for(search, tiny_folder):
+    result = search("ships", "--discovered")
+    assert names(result) == ["1  ships", "3  ships (discovered)", "0  sea (topic: full of ships)",
+                             "0  seas (discovered: deep: full of ships)"]
+    model, tokenizer = load(tiny_folder, "cpu")
+    first = promoted(model, 3, 8, head="unknown")[0][0].item()
+    assert f"promotes {tokenizer.quoted(first)}, " in result.lines[1]
+    assert names(search("topic deep", "--discovered")) == [
+        "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
+
+
+def test_a_concept_is_found_by_its_number(search):
+    assert names(search("16")) == names(search("#16")) == names(search(" 16 ")) == [
+        "16  concept 16"]
+    assert names(search("4")) == ["4  concept 4", "2  4 (a number)"], "the one called so, too"
+    assert names(search("0", "--discovered")) == [
+        "0  sea (topic: full of ships)", "0  seas (discovered: deep: full of ships)"]
+    assert names(search("500", "--discovered")) == ["500  discovered 500"]
+    assert "no label has these words" in refusal(search("500")), "not so many are known"
+
+
+def test_the_labels_beside_the_checkpoint_are_searched(run):
+    lines = run("--find", "sea", stdin=Terminal(), model=None, new=None).out.splitlines()
+    assert re.match(r" +\d+  sea \(.+\) promotes '", lines[0])
+
+
+@pytest.mark.parametrize("head, flags, said", [
+    ("known", (), "concept"), ("unknown", ("--discovered",), "discovered")])
+def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tiny_folder, head,
+                                                                     flags, said):
+    model, tokenizer = load(tiny_folder, "cpu")
+    table = model.known_head if head == "known" else model.unknown_head
+    E = table.embedding(torch.arange(table.n_concepts))
+    strengths = E @ model.transformer.tok_emb.weight.T  # (C, V)
+    [token] = tokenizer.encode(" abcd")
+    promoting = (strengths.topk(8).indices == token).any(1)
+    best = strengths[:, token].where(promoting, -torch.inf).argmax().item()
+
+    result = search("ABCD", *flags)
+    assert result.lines.pop(0) == "no label has these words; these concepts promote them:"
+    assert f"{best}  {said} {best}" in names(result)
+    assert all("'abcd'" in line or "' abcd'" in line for line in result.lines)
+    assert len(result.lines) <= 20
+    assert any("discovered" in name for name in names(result)) == (head == "unknown")
+
+
+def test_no_more_than_20_are_listed(search):
+    assert len(names(search("sea", labels=[f"{i},sea {i},," for i in range(20)]))) == 20
+    result = search("sea", labels=[f"{i},sea {i},," for i in range(45)])
+    assert result.lines.pop() == "and 25 more: rarer words find fewer"
+    assert names(result) == [f"{i}  sea {i}" for i in range(20)]
+
+
+def test_a_search_that_finds_nothing_says_what_there_is(search):
+    said = refusal(search("xyzzy"))
+    assert "--find xyzzy: no label has these words, and no concept promotes one of them" in said
+    assert f"; 3 of {KNOWN} known concepts have labels" in said
+    assert "; the 8B's come with: hf download" in refusal(search("xyzzy", labels=None))
+    for nothing in ("", "  "):
+        assert "--find: give words to look for, or a concept's number" in refusal(search(nothing))
+
+
+def test_names_from_a_file_stay_on_their_line(search):
+    result = search("sea", labels=['0,"sea\n\x1b[2J",' + "x" * 500 + ",,"])
+    assert len(result.lines) == 1 and "\x1b" not in result.out and len(result.out) < 400
+    assert r"sea\n\x1b[2J (xxx" in result.out
+    assert "Xyz\\n\\x1b[2J" in refusal(search("Xyz\n\x1b[2J"))
+
+
+def test_where_names_would_be_shown_a_line_says_how_to_get_them(run, search):
+    line = ("no labels, so concepts go by their numbers; the 8B's come with: hf download "
+            "guidelabs/steerling concept_labels.parquet")
+    for result in (run("--explain"), run("--json"), search("3", labels=None)):
+        assert result.code == 0 and result.err.count(line) == 1 and "--labels FILE\n" in result.err
+    assert run().err == run("--steer", "3=1").err == search("3").err == ""
+    assert "no concept is called 'sea': there are no labels; the 8B's" in refusal(
+        run("--steer", "sea=3"))
+
+
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
@@ -296,11 +422,13 @@ def refusal(result) -> str:
     (["--steer", "3"], "--steer 3: expected CONCEPT=STRENGTH"),
     (["--steer", "3=much"], "expected CONCEPT=STRENGTH"),
     (["--steer", "3=nan"], "expected CONCEPT=STRENGTH"),
-    (["--steer", "99=3"], "concept 99 does not exist; ids are 0 to 23"),
+    (["--steer", "999=3"], f"concept 999 does not exist; ids are 0 to {KNOWN - 1}"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
-    (["--steer", "3=-7", "--suppression", "nan"], "a strength of nan is not a finite number"),
+    (["--steer", "3=-7", "--suppression", "nan"], "strength = nan is not supported"),
+    (["--steer", "sea\n\x1b[2J" + "a" * 5000], "--steer sea\\n\\x1b[2Jaaa"),
     (["--find", "sea"], "--find and --prompt exclude each other"),
+    (["--discovered"], "--discovered is for --find: give both"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
     (["--score", ""], "the text to score is empty"),
     (["--suppression", "-20"], "--suppression -20: must be 0 or more"),
@@ -314,7 +442,8 @@ def test_a_wrong_argument_is_one_line(run, options, message):
     assert message in refusal(run(*options))
 
 
-def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch):
+def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch,
+                                                            without_hub):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert "hf download guidelabs/steerling-8b" in refusal(run("--model", "guidelabs/steerling-8b"))
 

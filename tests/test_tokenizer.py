@@ -3,6 +3,7 @@ one's own."""
 
 import base64
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -186,3 +187,37 @@ def test_a_malformed_rank_file_is_named(content, tmp_path):
     with pytest.raises(ValueError, match="tokenizer.tiktoken") as error:
         Tokenizer.from_file(file)
     assert "\n" not in str(error.value)
+
+
+# ---- token by token ------------------------------------------------------------------------------
+
+
+def test_a_character_of_several_tokens_stands_with_the_last_of_them(tiny):
+    text = "The old caf\u00e9 \u2615 \u65e5\u672c"
+    pieces = tiny.pieces(tiny.encode(text))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert tiny.pieces([*"\u00e9\u2615a".encode()]) == ["", "\u00e9", "", "", "\u2615", "a"]
+
+
+def test_bytes_that_are_no_character_stand_with_their_own_token(tiny):
+    mask = tiny.mask_token_id
+    assert tiny.pieces([0xe2, 0x98, 97]) == ["", "\ufffd", "a"]
+    assert tiny.pieces([0xe2, mask, 0xff]) == ["\ufffd", "<|mask|>", "\ufffd"]
+    assert tiny.pieces([97, 0xe2]) == ["a", "\ufffd"] and tiny.pieces([]) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "cl100k"])
+def test_pieces_joined_are_the_decoded_text(name, request):
+    tokenizer, draw = request.getfixturevalue(name), random.Random(0)
+    for sentence in SENTENCES:
+        assert "".join(tokenizer.pieces(tokenizer.encode(sentence))) == sentence
+    rare = [*range(200, 256), *range(tokenizer.vocab_size - 5, tokenizer.vocab_size)]
+    for _ in range(300):
+        ids = draw.choices(rare, k=draw.randrange(12))
+        pieces = tokenizer.pieces(ids)
+        assert "".join(pieces) == tokenizer.decode(ids, specials=True) and len(pieces) == len(ids)
+
+
+def test_a_token_alone_is_quoted_as_python_writes_it(tiny):
+    assert list(map(tiny.quoted, [97, 10, 0xe2, tiny.endofchunk_token_id])) == [
+        "'a'", r"'\n'", r"b'\xe2'", "<|endofchunk|>"]

@@ -101,11 +101,23 @@ def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
     assert draws(1.0, ["steering"]).injected is None
 
 
+def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
+    model = train_tiny.make_model("tiny", STORIES, 0)
+    embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(294, 795)
+    lift[3, 7] = 1.0
+    before = embedding[4].clone()
+    train_tiny.start_concepts(model, lift)
+    token = model.transformer.tok_emb.weight[7]
+    torch.testing.assert_close(embedding[3], train_tiny.CONCEPT_NORM * token / token.norm())
+    assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
+
+
 # ---- a step --------------------------------------------------------------------------------------
 
 def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
     args = train_tiny.Namespace(seed=0, batch=2, without=[
-        "dropout", "forcing", "presence", "reconstruction", "independence", "steering"])
+        "dropout", "forcing", "presence", "reconstruction", "independence", "alignment",
+        "steering"])
     losses, moved = [], []
     for plain in (True, False):
         model = train_tiny.make_model("tiny", STORIES, 0)
@@ -116,8 +128,9 @@ def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
             noise = torch.Generator().manual_seed(random.Random("noise 0 3").getrandbits(63))
             losses.append(train_tiny.plain_step(model, optimizer, drawn.batch.tokens, noise))
         else:
-            found = train_tiny.take_step(train_tiny.Objective(model, args.without, None), optimizer,
-                                         drawn, 0.9, 0.01, torch.float32)
+            lift = torch.zeros(model.config.n_concepts, model.config.vocab_size)
+            objective = train_tiny.Objective(model, args.without, lift)
+            found = train_tiny.take_step(objective, optimizer, drawn, 0.9, 0.01, torch.float32)
             assert found.keys() == {"token"}
             losses.append(found["token"])
         moved.append((model.transformer.tok_emb.weight.detach() - before).flatten())
@@ -203,7 +216,7 @@ def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
 
 
 @pytest.mark.parametrize("other, message", [
-    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.003, not 0.001"),
+    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.006, not 0.001"),
     (["--without", "dropout"], "without = [], not ['dropout']"),
     (["--size", "small"], "config = ")])
 def test_resuming_another_run_is_refused(run, other, message):

@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 
-from steerling_min import load, unmask
+from steerling_min import Tokenizer, load, unmask
+from steerling_min.unmasking import Step
 from steerling_min.views import watch as module
-from steerling_min.views.watch import FRAME, MASK, lines_of, watch, width
+from steerling_min.views.watch import MASK, lines_of, watch, width
 
 PLAIN = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -22,6 +23,12 @@ class Terminal(io.StringIO):
 @pytest.fixture(scope="module")
 def bundled():
     return load()
+
+
+@pytest.fixture(autouse=True)
+def a_terminal_with_colours(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
 
 
 def run(bundled, out, new=20, clock=None, **options):
@@ -37,7 +44,6 @@ def screens(text):
 
 
 def test_masks_turn_into_tokens_and_the_screen_is_left_clean(bundled, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(module, "FRAME", 0)
     out = Terminal()
     steps, tokenizer = run(bundled, out)
@@ -50,7 +56,6 @@ def test_masks_turn_into_tokens_and_the_screen_is_left_clean(bundled, monkeypatc
 
 
 def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(module, "FRAME", 0)
     out = Terminal()
     run(bundled, out)
@@ -58,13 +63,33 @@ def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
     assert colours == set(module.COLOURS), "from the first step's to the last step's"
 
 
-def test_there_are_at_most_25_pictures_a_second(bundled, monkeypatch):
-    now = iter(range(10**6))
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setattr(module.time, "monotonic", lambda: 1000 + next(now) * FRAME / 10)
-    out = Terminal()
-    run(bundled, out)
-    assert len(screens(out.getvalue())) < 8, "20 steps took 4 frames' time"
+@pytest.mark.parametrize("model_takes, text_takes", [(0.0, 19 / 16), (1.0, 19.0)],
+                         ids=["a fast model waits for eyes", "a slow one does not"])
+def test_every_step_is_seen(bundled, monkeypatch, model_takes, text_takes):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    model, tokenizer = bundled
+    out, prompt = Terminal(), tokenizer.encode("The old")
+    for _ in watch(unmask(model, [prompt], 20, seed=1), tokenizer, prompt, 20, out):
+        last = now[0]
+        now[0] += model_takes
+    assert len(screens(out.getvalue())[1:]) == 21
+    assert last - 1000 == pytest.approx(text_takes), "128 tokens of a fast model: 8 seconds"
+
+
+def test_half_a_character_is_a_place_still_open(monkeypatch):
+    monkeypatch.setattr(module, "FRAME", 0)
+    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+    mask, texts = tokenizer.mask_token_id, []
+    for ids in ([0xe2, mask, mask], [0xe2, mask, 0x95], [0xe2, 0x98, 0x95]):
+        row = torch.tensor([[97, *ids]])
+        step = Step(row, (torch.tensor([1]),), (torch.tensor([0xe2]),), (), (), ())
+        texts.append("".join(text for text, _ in module.pieces_of(step, tokenizer, 1, {}, 3)))
+        out = io.StringIO()
+        list(watch([step], tokenizer, [97], 3, out))
+        assert out.getvalue() == "step 0: b'\\xe2' at 1\n", "alone it is a byte"
+    assert texts == ["a" + 3 * MASK, "a" + 3 * MASK, "a\u2615"]
 
 
 def test_every_line_fits_and_nothing_is_lost():
@@ -80,7 +105,6 @@ def test_wide_and_combining_characters_are_measured():
 
 
 def test_a_low_window_shows_the_end(bundled, monkeypatch):
-    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(module, "FRAME", 0)
     monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((9, 4)))
     out = Terminal()
@@ -88,9 +112,11 @@ def test_a_low_window_shows_the_end(bundled, monkeypatch):
     assert all(picture.count("\n") <= 3 for picture in screens(out.getvalue()))
 
 
-@pytest.mark.parametrize("out, no_colour", [(io.StringIO(), ""), (Terminal(), "1")])
-def test_elsewhere_each_step_is_a_line(bundled, monkeypatch, out, no_colour):
-    monkeypatch.setenv("NO_COLOR", no_colour)
+@pytest.mark.parametrize("make, name, value", [
+    (io.StringIO, "NO_COLOR", ""), (Terminal, "NO_COLOR", "1"), (Terminal, "TERM", "dumb")])
+def test_elsewhere_each_step_is_a_line(bundled, monkeypatch, make, name, value):
+    monkeypatch.setenv(name, value)
+    out = make()
     steps, tokenizer = run(bundled, out, steps=5)
     lines = out.getvalue().splitlines()
     assert len(lines) == 5 and "\x1b" not in out.getvalue()

@@ -1,4 +1,4 @@
-"""What the commands share: what a user can put right gets one line, not a page of traceback."""
+"""What the commands share: one line for what a user can put right, and text that stays one line."""
 
 import argparse
 import os
@@ -13,7 +13,15 @@ class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, and exits with 2."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {printable(message, 1000)} (--help lists the options)\n")
+
+
+def printable(text: str, most: int = 80) -> str:
+    """Text from outside, a name say, for a part of a line: whatever would break the line or steer
+    the terminal is written as an escape (\\n, \\x1b), and what is longer than `most` is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
+                    for c in text[:most])
+    return shown + "..." * (len(text) > most)
 
 
 @contextmanager
@@ -26,7 +34,7 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     that SIGPIPE ends.
     """
     def end(message):
-        print(f"{prog}: {message}", file=sys.stderr)
+        print(f"{prog}: {printable(str(message), 1000)}", file=sys.stderr)
         sys.exit(2)
     try:
         yield

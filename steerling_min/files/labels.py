@@ -1,159 +1,234 @@
-"""What the known concepts are called: the label file beside a checkpoint, and searching it.
+"""What concepts are called: reading a label file, and searching it.
 
-The official file is `concept_labels.parquet`; its columns (`concept_id`, `concept_name`,
-`concept_description`, `head`, `group_name`, ...) are read from CSV as well, which is what the tiny
-model has. Concepts of the unknown head have no names.
+Concepts of both heads may have labels: the known ones, which were named before training, and the
+discovered ones (the unknown head's), which somebody named afterwards. A discovered concept without
+a label goes by the tokens it promotes (`attribution.promoted`).
+
+The official file is `concept_labels.parquet`; CSV with the same columns is read as well, which is
+what the tiny model has. In a file ids count through both heads: discovered concept j stands at
+n_known + j. Here each head counts from 0.
 """
 
 import csv
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import require_concept
+from ..config import Config, require_concept
+from .cli import printable
 from .writing import replacing
 
-LABELS = "concept_labels"  # .csv or .parquet, beside a checkpoint
+LABELS = "concept_labels"            # .csv or .parquet
+LABELS_REPO = "guidelabs/steerling"  # on the hub: the labels of Guide Labs' models, no weights
+DOWNLOAD_LABELS = f"hf download {LABELS_REPO} {LABELS}.parquet"
+GET_LABELS = (f"the 8B's come with: {DOWNLOAD_LABELS} (and --local-dir FOLDER, where the model is "
+              "a folder of yours); others with --labels FILE")
 COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name",
            "concept_type")
+OLD_ID = "concept_idx"               # what older files call concept_id
+HEADS = {"known": "known", "unknown": "unknown", "discovered": "unknown", "": "known"}
 
 
 class Label(NamedTuple):
-    id: int
+    id: int                # within its head, from 0
     name: str
     description: str = ""
-    group: str = ""  # concepts that belong together, such as all moods
-    type: str = ""   # content, entity, tone or document, as in the data set FineWeb Atlas
+    group: str = ""        # concepts that belong together, such as all moods
+    type: str = ""         # content, entity, tone or document, as in the data set FineWeb Atlas
+    head: str = "known"    # or "unknown", which is called "discovered" wherever people read it
 
 
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
+def words_of(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
 
 
 class Labels:
-    """The names of a model's known concepts; a concept without a label goes by its number."""
+    """The names of a model's concepts, of both heads."""
 
-    def __init__(self, labels: Iterable[Label], n_concepts: int):
-        self.by_id = {label.id: label for label in labels}
-        self.n_concepts = n_concepts
+    def __init__(self, labels: Iterable[Label], n_known: int, n_unknown: int):
+        self.n_known, self.n_unknown = n_known, n_unknown
+        self.known: dict[int, Label] = {}
+        self.unknown: dict[int, Label] = {}
+        for label in labels:
+            getattr(self, label.head)[label.id] = label
 
-    def name(self, concept: int) -> str:
-        """A concept's name, or "concept 123" where it has none."""
-        return self.by_id[concept].name if concept in self.by_id else f"concept {concept}"
+    def label(self, concept: int, head: str = "known") -> Label:
+        """A concept's label; one that has none is called "concept 12" or "discovered 12"."""
+        kind = "concept" if head == "known" else "discovered"
+        return getattr(self, head).get(concept) or Label(concept, f"{kind} {concept}", head=head)
 
-    def find(self, query: str) -> list[Label]:
-        """Labels with every word of the query in name or description, those by name first."""
-        wanted = words_of(query)
-        by_name = [x for x in self.by_id.values() if wanted and wanted <= words_of(x.name)]
-        by_text = [x for x in self.by_id.values() if wanted and x not in by_name
-                   and wanted <= words_of(f"{x.name} {x.description}")]
-        return by_name + by_text
+    def name(self, concept: int, head: str = "known") -> str:
+        return self.label(concept, head).name
+
+    def find(self, query: str, discovered: bool = False) -> list[Label]:
+        """Labels that have words of the query, best first; known concepts' only, unless told.
+
+        As in the official search, a word counts 3 each time it stands in the name and 1 each time
+        it stands in the description. Words of the group's name only decide between equals.
+        """
+        wanted, found = set(words_of(query)), []
+        for label in [*self.known.values(), *(self.unknown.values() if discovered else ())]:
+            name, text, group = (sum(word in wanted for word in words_of(part)) for part in
+                                 (label.name, label.description, label.group))
+            if name or text or group:
+                found.append(((3 * name + text, group), label))
+        return [label for _, label in sorted(found, key=lambda hit: hit[0], reverse=True)]
 
     def resolve(self, query: str) -> tuple[int, ...]:
-        """The ids that a query names: a number, a name or a group's name (in any case), or several
-        of these joined by "+". A name comes before a group.
+        """The known concepts that a query means: a name or a group's name (in any case), a number,
+        or several of these joined by "+". A concept's name comes before a group's. A number that
+        is also the name of others is refused; "#12" is always the number.
 
         Raises ValueError for a number out of range, a name that two concepts share, or a name that
         none has: with the closest ones.
         """
         query = query.strip()
-        wanted = query.casefold()
-        if re.fullmatch(r"-?\d+", query):
-            require_concept("known", int(query), self.n_concepts)
-            return (int(query),)
-        same = tuple(x.id for x in self.by_id.values() if x.name.casefold() == wanted)
-        if len(same) > 1:
-            raise ValueError(f"concepts {', '.join(map(str, same))} are all called {query!r}: "
-                             "give a number")
-        group = tuple(x.id for x in self.by_id.values() if x.group and x.group.casefold() == wanted)
-        if same or group:
-            return same or group
+        number = re.fullmatch("(#?)(-?[0-9]{1,18})", query)
+        named = () if number and number[1] else self.named(query)
+        if number:
+            concept = int(number[2])
+            if not named:
+                require_concept("known", concept, self.n_known)
+                return (concept,)
+            if 0 <= concept < self.n_known and named != (concept,):
+                raise ValueError(
+                    f"{query} is a number and a name: say '#{concept}' for the concept of that "
+                    f"number, '{'+'.join(f'#{c}' for c in named[:9])}' for what has that name")
+        if named:
+            return named
         if "+" in query:
             parts = [self.resolve(part) for part in query.split("+")]
             return tuple(dict.fromkeys(concept for part in parts for concept in part))
         if not query:
             raise ValueError("a concept's name is missing")
-        names = {x.name.casefold(): x.name for x in self.by_id.values()}
+        raise ValueError(f"no concept is called '{printable(query)}'{self.hint(query)}")
+
+    def named(self, name: str) -> tuple[int, ...]:
+        """The known concept of that name, else those of the group of that name, else none."""
+        wanted, labels = name.casefold(), self.known.values()
+        same = tuple(x.id for x in labels if x.name.casefold() == wanted)
+        if len(same) > 1:
+            raise ValueError(f"concepts {', '.join(map(str, same))} are all called "
+                             f"'{printable(name)}': give a number")
+        return same or tuple(x.id for x in labels if x.group and x.group.casefold() == wanted)
+
+    def hint(self, query: str) -> str:
+        """What may have been meant by a name that no known concept has."""
+        if not self.known:
+            return f": there are no labels; {GET_LABELS}"
+        wanted = query.casefold()
+        for label in self.unknown.values():
+            if label.name.casefold() == wanted:
+                return f" but discovered concept {label.id}; only known ones can be meant here"
+        names = {x.name.casefold(): x.name for x in self.known.values()}
         close = [x.name for x in self.find(query)]
-        close += [names[n] for n in difflib.get_close_matches(wanted, names, 5)]
-        hint = ", ".join(list(dict.fromkeys(close))[:5])
-        raise ValueError(f"no concept is called {query!r}" + (
-            f"; close: {hint}" if hint else "; numbers do as well"))
+        close += [names[name] for name in difflib.get_close_matches(wanted, names)]
+        hint = ", ".join(map(printable, list(dict.fromkeys(close))[:5]))
+        return f"; close: {hint}" if hint else "; numbers do as well"
 
 
-def load_labels(file: Path, n_concepts: int) -> Labels:
-    """Read a label file; n_concepts is the model's number of known concepts.
+def load_labels(file: Path | None, config: Config) -> Labels:
+    """Read the label file of a model; without a file no concept has a label.
 
-    Raises OSError, ValueError or ImportError, in one line that names the file and what is wrong.
+    Raises OSError, ValueError or ImportError, in one line that names the file, the row and what is
+    wrong there.
     """
-    rows = read_parquet(file) if file.suffix == ".parquet" else read_csv(file)
-    labels, seen = [], set()
-    for number, row in enumerate(rows, start=2):  # line 1 has the columns' names
-        if (row.get("head") or "known").casefold() != "known" or not row["concept_name"]:
-            continue  # without a name a concept goes by its number
+    labels, seen = [], {}  # seen: (head, id) -> row
+    for number, row in read_rows(file) if file else ():
         try:
-            concept = int(row["concept_id"])
-        except (TypeError, ValueError):
-            raise ValueError(f"{file}, row {number}: concept_id = {row['concept_id']!r} is not a "
-                             "number") from None
-        if not 0 <= concept < n_concepts:
-            raise ValueError(f"{file}, row {number}: concept {concept} does not exist; this model "
-                             f"has {n_concepts}, 0 to {n_concepts - 1}")
-        if concept in seen:
-            raise ValueError(f"{file}, row {number}: concept {concept} has a label already")
-        seen.add(concept)
-        labels.append(Label(concept, str(row["concept_name"]),
-                            str(row.get("concept_description") or ""),
-                            str(row.get("group_name") or ""), str(row.get("concept_type") or "")))
-    return Labels(labels, n_concepts)
+            label = read_label(row, config)
+            if (label.head, label.id) in seen:
+                raise ValueError(f"concept_id = {row['concept_id']} has a label already, in row "
+                                 f"{seen[label.head, label.id]}")
+        except ValueError as error:
+            raise ValueError(f"{file}, row {number}: {error}") from None
+        seen[label.head, label.id] = number
+        if label.name:
+            labels.append(label)
+    return Labels(labels, config.n_concepts, config.n_unknown_concepts)
 
 
-def labels_beside(folder: Path, n_concepts: int) -> Labels:
-    """The labels that lie beside a checkpoint; none where it has no such file."""
-    for suffix in (".csv", ".parquet"):
-        file = folder / (LABELS + suffix)
-        if file.is_file():
-            return load_labels(file, n_concepts)
-    return Labels([], n_concepts)
+def read_label(row: dict[str, str], config: Config) -> Label:
+    """A row of a label file as a Label; ValueError says what is wrong with it."""
+    written, head = row["concept_id"], HEADS.get(row.get("head", "").casefold())
+    if head is None:
+        raise ValueError(f"head = '{printable(row['head'])}' is neither known nor unknown")
+    if not re.fullmatch(r"-?[0-9]+(\.0+)?", written):
+        raise ValueError(f"concept_id = '{printable(written)}' is not a whole number")
+    n = config.n_concepts
+    first, last = (0, n - 1) if head == "known" else (n, n + config.n_unknown_concepts - 1)
+    concept = int(written.split(".")[0])
+    if not first <= concept <= last:
+        raise ValueError(f"concept_id = {printable(written)} is outside the head {head}, whose ids "
+                         f"are {first} to {last} in this model")
+    return Label(concept - first, row["concept_name"], row.get("concept_description", ""),
+                 row.get("group_name", ""), row.get("concept_type", ""), head)
 
 
-def require_columns(file: Path, columns: Sequence[str]) -> None:
-    for column in ("concept_id", "concept_name"):
-        if column not in columns:
-            raise ValueError(f"{file} lacks the column {column}; it has: {', '.join(columns)}")
+def read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a label file, and their numbers. Blanks around a cell are no part of it."""
+    parquet = file.suffix.lower() == ".parquet"
+    columns, rows = read_parquet(file) if parquet else read_csv(file)
+    for number, cells in enumerate(rows, start=1 if parquet else 2):  # row 1 of CSV: the columns
+        if len(cells) > len(columns):
+            raise ValueError(f"{file}, row {number}: {len(cells)} fields for {len(columns)} "
+                             f"columns; the first too many is '{printable(cells[len(columns)])}'")
+        cells = ["" if cell is None else str(cell).strip() for cell in cells]
+        if any(cells):
+            yield number, {**dict.fromkeys(columns, ""), **dict(zip(columns, cells))}
 
 
-def read_csv(file: Path) -> list[dict]:
+def columns_of(file: Path, written: list[str]) -> list[str]:
+    """The columns' names as they are in use today; ValueError for one that lacks or comes twice."""
+    columns = [name.strip() for name in written]
+    if "concept_id" not in columns:
+        columns = ["concept_id" if name == OLD_ID else name for name in columns]
+    for name in COLUMNS:
+        if columns.count(name) > 1:
+            raise ValueError(f"{file} has the column {name} twice")
+        if name in ("concept_id", "concept_name") and name not in columns:
+            raise ValueError(f"{file} lacks the column {name}; it has: "
+                             f"{printable(', '.join(columns), 200)}")
+    return columns
+
+
+def read_csv(file: Path) -> tuple[list[str], list]:
+    """The columns' names and the rows of a CSV file."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            rows = csv.DictReader(lines, strict=True)
-            require_columns(file, rows.fieldnames or [])
-            return list(rows)
+            first, *rows = list(csv.reader(lines, strict=True, skipinitialspace=True)) or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{file} is not CSV in UTF-8: {error}") from None
+    return columns_of(file, first), rows
 
 
-def read_parquet(file: Path) -> list[dict]:
+def read_parquet(file: Path) -> tuple[list[str], list]:
+    """The same of a parquet file, without the columns that have no use here."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise ImportError(f"reading {file} needs pyarrow: pip install -e '.[hub]'") from None
-    try:
-        table = parquet.read_table(file)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{file} is not a parquet file: {error}") from None
-    require_columns(file, table.column_names)
-    return table.select([c for c in COLUMNS if c in table.column_names]).to_pylist()
+    with file.open("rb") as data:
+        try:
+            stored = parquet.ParquetFile(data)
+            written = stored.schema_arrow.names
+            used = {old: new for old, new in zip(written, columns_of(file, written))
+                    if new in COLUMNS}
+            columns = stored.read(list(used)).columns
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} is not a parquet file: {error}") from None
+    return list(used.values()), list(zip(*(column.to_pylist() for column in columns)))
 
 
-def write_labels(labels: Iterable[Label], folder: Path) -> None:
+def write_labels(labels: Labels, folder: Path) -> None:
     """Write a label file beside a checkpoint, as CSV."""
     file = folder / (LABELS + ".csv")
     with replacing(file) as partial, partial.open("w", newline="", encoding="utf-8") as out:
         rows = csv.writer(out)
         rows.writerow(COLUMNS)
-        rows.writerows([x.id, x.name, x.description, "known", x.group, x.type]
-                       for x in labels)
+        for first, head in ((0, labels.known), (labels.n_known, labels.unknown)):
+            rows.writerows([first + x.id, x.name, x.description, x.head, x.group, x.type]
+                           for x in head.values())

@@ -1,4 +1,5 @@
-"""From a name to a model that is ready to write: its folder, its tokenizer, its device."""
+"""From a name to a model that is ready to write: its folder, its tokenizer, its device; and to the
+file with its concepts' names."""
 
 import os
 import re
@@ -10,6 +11,7 @@ from ..model import Steerling
 from .tokenizer import RANK_FILE, Tokenizer
 from .checkpoint import require_file
 from .config_json import read_config
+from .labels import DOWNLOAD_LABELS, LABELS, LABELS_REPO
 
 TINY = Path(__file__).parent.parent / "tiny"  # the bundled checkpoint
 
@@ -52,15 +54,52 @@ def find_checkpoint(name: str | Path | None) -> Path:
         return Path(name)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
         raise FileNotFoundError(f"no checkpoint folder at {name}")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    home = os.environ.get("HF_HOME") or Path(base) / "huggingface"
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
-    repo = cache / f"models--{str(name).replace('/', '--')}"
-    if not (repo / "refs" / "main").is_file():
+    folder = cached(str(name))
+    if folder is None:
+        labels = f" && {DOWNLOAD_LABELS}" if str(name).startswith("guidelabs/") else ""
         raise FileNotFoundError(
-            f"{name} is neither a folder nor in the Hugging Face cache ({cache}); to download it: "
-            f"pip install -e \".[hub]\" && hf download {name}")
-    return repo / "snapshots" / (repo / "refs" / "main").read_text().strip()
+            f"{name} is neither a folder nor in the Hugging Face cache ({hub_cache()}); to "
+            f"download it: pip install -e \".[hub]\" && hf download {name}{labels}")
+    return folder
+
+
+def find_labels(name: str | Path | None) -> Path | None:
+    """The label file of the model that `name` means to `find_checkpoint`; None where it has none.
+
+    It is the file that the environment variable STEERLING_CONCEPTS_PATH names, else one beside the
+    checkpoint, else, for Guide Labs' models in the hub's cache, the cached file of LABELS_REPO.
+    """
+    chosen = os.environ.get("STEERLING_CONCEPTS_PATH")
+    if chosen:
+        if not Path(chosen).is_file():
+            raise FileNotFoundError(f"STEERLING_CONCEPTS_PATH: there is no file {chosen}")
+        return Path(chosen)
+    folder = find_checkpoint(name)
+    folders = [folder, cached(LABELS_REPO) if "models--guidelabs--" in str(folder) else None]
+    files = [place / (LABELS + suffix) for place in folders if place
+             for suffix in (".csv", ".parquet")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def cached(repo: str) -> Path | None:
+    """The folder of a hub repository as last downloaded, or None where it never was."""
+    folder = hub_cache() / f"models--{repo.replace('/', '--')}"
+    main = folder / "refs" / "main"
+    return folder / "snapshots" / main.read_text().strip() if main.is_file() else None
+
+
+def hub_cache() -> Path:
+    """The folder where `hf download` puts repositories: what huggingface_hub says or, where that
+    package is not installed, what its rules say."""
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+        return Path(HF_HUB_CACHE)
+    except ImportError:
+        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        home = os.environ.get("HF_HOME", os.path.join(base, "huggingface"))
+        cache = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
+        cache = os.environ.get("HF_HUB_CACHE", cache)
+        return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
 def pick_device(name: str = "auto") -> torch.device:

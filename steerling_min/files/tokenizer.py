@@ -6,6 +6,7 @@ token; any other is cut into bytes, of which the pair of lowest rank is merged f
 """
 
 import base64
+import codecs
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -134,3 +135,29 @@ class Tokenizer:
         if wrong:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         return self.encoding.decode([i for i in ids if specials or i not in self.special_ids])
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text: joined, they are `decode(ids, specials=True)`.
+
+        Some characters take several tokens. Such a character stands with the last of its tokens,
+        the others get "". Bytes that are part of no character are "\ufffd".
+        """
+        decoder, found = codecs.getincrementaldecoder("utf-8")("replace"), []
+        for i in ids:
+            begun = decoder.getstate()[0]
+            text = decoder.decode(self.encoding.decode_single_token_bytes(i))
+            if begun and text.startswith("\ufffd"):  # no character came of it
+                found[-1], text = found[-1] + "\ufffd", text[1:]
+            found.append(text)
+        return found[:-1] + [found[-1] + decoder.decode(b"", final=True)] if found else []
+
+    def quoted(self, token: int) -> str:
+        """One token as Python writes it: ' sea', or b'\\xe2' where it is part of a character.
+
+        Special tokens stand without quotes.
+        """
+        raw = self.encoding.decode_single_token_bytes(token)
+        try:
+            return raw.decode() if token in self.special_ids else repr(raw.decode())
+        except UnicodeDecodeError:
+            return repr(raw)

@@ -24,7 +24,7 @@ from ..files.tokenizer import Tokenizer
 from . import world
 from .world import Chunk
 
-VOCAB_SIZE = 1024  # at most; the stories' words make 826
+VOCAB_SIZE = 1024  # at most; the stories' words make 795
 
 
 class Stream(NamedTuple):
@@ -110,6 +110,9 @@ class Stories:
     """
 
     labels = world.CONCEPTS
+    # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a mood
+    # or a form is in many words, and takes more practice than a single word.
+    injected = torch.tensor([1.0 if label.id in world.WORDS else 5.0 for label in labels])
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -142,10 +145,10 @@ class Texts:
         """Raises ValueError or OSError with one line that names the file (and line) and what is
         wrong; T is the window's length, below which no text is enough."""
         self.seed = seed
-        documents = [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file)
-                     for file in files]
+        documents = read_documents(files)
         names = {name for document in documents for _, concepts in document for name in concepts}
         self.labels = [Label(i, name) for i, name in enumerate(sorted(names))]
+        self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
         documents = [[Chunk(text, tuple(ids[name] for name in concepts))
                       for text, concepts in document] for document in documents]
@@ -165,6 +168,11 @@ class Texts:
     def held_out(self, B: int, T: int) -> Batch:
         starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
         return cut(self.rest, starts, T)
+
+
+def read_documents(files: Sequence[Path]) -> list[list[tuple[str, list[str]]]]:
+    """A document for each file: its chunks, each a text and the names of its concepts."""
+    return [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file) for file in files]
 
 
 def read_text(file: Path) -> list[tuple[str, list[str]]]:

@@ -18,18 +18,19 @@ from ..model import Steerling
 from ..steering import alpha_of, default_layer
 from .data import Batch, has_concepts
 from .distributed import joined
-from .losses import (compose, express_loss, independence_loss, known_forcing, presence_loss,
-                     reconstruction_loss, respond_loss, unknown_forcing)
+from .losses import (alignment_loss, compose, express_loss, independence_loss, known_forcing,
+                     presence_loss, reconstruction_loss, respond_loss, unknown_forcing)
 
-# Weights of three losses; presence and respond have weight 1. With express at 0.1 the model learnt
+# Weights of four losses; presence and respond have weight 1. With express at 0.1 the model learnt
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
 # independence read the hidden state detached, so they train the unknown head and leave the backbone
 # to language: with their gradients in it, independence at 50, not 1, cost 0.27 nats held out after
-# 5,000 steps, and reconstruction at 4, not 2, 0.4 after 1,000. Independence far above 15 makes the
-# unknown features small: 2,048 tokens covary a little by chance, and that is then punished as well.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE = 0.01, 16.0, 15.0
-INJECTED = 1 / 4         # share of the chunks that one of their concepts is injected into
-STRENGTHS = (4.0, 12.0)  # of the injections, in logit units, around what `Steering.amplify` uses
+# 5,000 steps. With alignment at 10, not 1, known embeddings grew without end: after 10.6 M tokens
+# known features were larger than the hidden state itself, and epsilon, which has to cancel what is
+# too much, had 29% of the logits.
+EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 10.0, 1.0
+INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
+STRENGTHS = (3.0, 10.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # what a run can do without, to see what it is good for
     "dropout": "residual dropout; epsilon is in every window",
@@ -37,6 +38,7 @@ PARTS = {  # what a run can do without, to see what it is good for
     "presence": "the presence loss",
     "reconstruction": "the reconstruction loss",
     "independence": "the independence loss",
+    "alignment": "the alignment loss",
     "steering": "the steering losses and their injections",
     "mean": "the plain mean over masked tokens; 1/t weights stand in",
     "prediction": "predicting the unknown side; it is forced as well, the trap of `losses.compose`",
@@ -63,9 +65,10 @@ class Draws(NamedTuple):
 class Objective(nn.Module):
     """The losses of one step. A module, because that is what DistributedDataParallel wraps."""
 
-    def __init__(self, model: Steerling, without: list[str], lifted: Tensor):
+    def __init__(self, model: Steerling, without: list[str], lift: Tensor):
+        """lift (C, V): what each concept lifts, from `losses.lift_weights`."""
         super().__init__()
-        self.model, self.without, self.lifted = model, without, lifted
+        self.model, self.without, self.lift = model, without, lift
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Named losses, scalars, each times its weight: their sum is the loss. progress, 0 to 1, is
@@ -75,7 +78,9 @@ class Objective(nn.Module):
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
-            directions = F.normalize(embedding, dim=-1)  # (C, D); the injection trains them, too
+            # Detached: the model learns to follow a direction, not the direction to please it, or
+            # the embeddings of what is injected often come to promote other tokens than they name.
+            directions = F.normalize(embedding.detach(), dim=-1)  # (C, D)
             per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
             alpha = strength * per_logit[injected] * (injected >= 0)  # (B, T)
             injections = {default_layer(model.config.n_layers, toward=True):
@@ -94,26 +99,29 @@ class Objective(nn.Module):
         labelled = labelled_features(batch, embedding).float()  # (B, T, D)
         has_labels = batch.labels.shape[1] > 0  # not where the texts have none at all
 
-        composed = compose(
-            hidden, known, unknown, labelled, dropped,
-            known_forcing(progress) if has_labels and "forcing" not in without else 0.0,
-            unknown_forcing(progress) if "prediction" in without else 0.0)
+        forcing = known_forcing(progress) if has_labels and "forcing" not in without else 0.0
+        composed = compose(hidden, known, unknown, labelled, dropped, forcing,
+                           unknown_forcing(progress) if "prediction" in without else 0.0)
+        forced = torch.lerp(known, labelled, forcing)  # (B, T, D), what is on the known side
         token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
         weighting = "1/t" if "mean" in without else "none"
         losses = {"token": joined(token_loss(token_logits, batch.tokens, masked, t, weighting),
                                   len(token_logits) if weighting == "none" else masked.numel()),
-                  "reconstruction":
-                      RECONSTRUCTION * reconstruction_loss(detached, hidden, labelled),
-                  "independence": INDEPENDENCE * independence_loss(known, detached)}
+                  "reconstruction": RECONSTRUCTION * reconstruction_loss(
+                      detached[masked], hidden[masked], forced[masked]),
+                  "independence": INDEPENDENCE * independence_loss(
+                      known[masked], detached[masked])}
         if has_labels:
             labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
             losses["presence"] = presence_loss(logits, batch.chunks, labels)
+            losses["alignment"] = ALIGNMENT * alignment_loss(
+                embedding[: logits.shape[-1]], model.transformer.tok_emb.weight, self.lift)
         if injected is not None:
             chunk, concept = batch.chunks[masked], injected[masked]  # (M,)
             at = (concept >= 0) & (chunk >= 0)
             losses["respond"] = respond_loss(logits, injected)
             losses["express"] = EXPRESS * express_loss(token_logits[at], chunk[at], concept[at],
-                                                       self.lifted)
+                                                       self.lift > 0)
         return {name: loss for name, loss in losses.items() if name not in without}
 
 
@@ -134,9 +142,10 @@ def labelled_features(batch: Batch, embedding: Tensor) -> Tensor:
     return torch.cat([sums, sums.new_zeros(1, sums.shape[1])])[batch.chunks]  # row -1 is the last
 
 
-def draw_injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_injections(batch: Batch, weights: Tensor, generator: torch.Generator
+                    ) -> tuple[Tensor, Tensor]:
     """Choose, for a share INJECTED of the chunks, one of the concepts that the chunk is labelled
-    with, and a strength; each chunk with the special token that ends it.
+    with, by their weights (C,), and a strength; each chunk with the special token that ends it.
 
     Returns concepts (B, T) int64, -1 where nothing is injected, and strengths (B, T).
     """
@@ -144,7 +153,8 @@ def draw_injections(batch: Batch, generator: torch.Generator) -> tuple[Tensor, T
     labelled = given.any(1)
     concept = torch.full((N + 1,), -1)  # the last is for special tokens, whose chunk is -1
     if labelled.any():
-        one = torch.multinomial(given[labelled].float(), 1, generator=generator)
+        likely = weights[batch.labels] * given  # (N, K)
+        one = torch.multinomial(likely[labelled], 1, generator=generator)
         concept[:N][labelled] = batch.labels[labelled].gather(1, one)[:, 0]
     concept[:N][torch.rand(N, generator=generator) >= INJECTED] = -1
     low, high = STRENGTHS

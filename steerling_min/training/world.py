@@ -2,14 +2,14 @@
 
     The old sailor Mara lived near the harbour with a dog named Biscuit and a brass key. Salt wind
       blew Mara and Biscuit across the pale bay until sunset. Mara smiled all the way home.
-    The waves carried Biscuit toward the narrow reef. "Look at the shiny gull," said Mara.
+    The waves carried Biscuit to the narrow reef. "Look at the shiny gull," said Mara.
 
 A story is four to seven chunks (two of them above). The first sentence draws a hero, a friend, a
 place and a thing, which come back by name in later chunks: who reads on must remember them. Every
 chunk has one topic, often a mood, sometimes a form. It is labelled with them and with each thing
-that it mentions: with its words, that is, but for those like "the" and "until". The first chunk
+that it mentions: with most of its words, that is, but not "the" or "until". The first chunk
 above is about the sea, happy, and mentions "old", "sailor", "Mara", "harbour", "dog", "Biscuit",
-"brass key", "wind", "pale", "bay", "sunset" and "smiled". The tables of `grammar.py` write the
+"brass key", "pale", "bay" and "sunset". The tables of `grammar.py` write the
 stories, recognise sentences, and give the exact entropy: the limit that training can approach.
 """
 

@@ -1,5 +1,6 @@
 """The unmasking of a text as an animated picture (SVG), for a README or a slide."""
 
+import re
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
@@ -8,58 +9,69 @@ from ..model import Steerling
 from ..steering import Steering
 from ..files.tokenizer import Tokenizer
 from ..unmasking import Step
-from .explain import explain
+from .explain import COLOURS, explain, legend
+from .watch import width
 
 COLUMNS, WIDTH, HEIGHT = 88, 8.4, 24   # characters in a line; their size in pixels
 SECONDS, HOLD = 8.0, 4.0               # of writing; of showing what was written
-# Okabe and Ito's colours, dark enough to read on white and apart in grey; "" is no group.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00")
+# Characters that XML cannot hold, not even escaped, or would change (a line feed is cut out).
+FORBIDDEN = re.compile("[^\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def animation(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Sequence[Step],
               prompt: list[int], steering: Steering | None = None) -> str:
     """The first text of a run of `unmask` as an SVG that plays by itself, over and over.
 
-    A token appears at its step, in the colour of the group of the known concept that did most for
-    it; until then its place is grey.
+    A token appears at its step, on the colour of what it was written by (`explain`); until then
+    its place is an empty box.
     """
-    explained = explain(model, tokenizer, labels, steps, 0, steering)["tokens"]
-    groups = sorted({label.group for label in labels.by_id.values()} - {""})
-    colour = dict(zip(groups, COLOURS))
-    pieces = [(tokenizer.decode([i], specials=True), None, "#111") for i in prompt]
-    for token in explained:
-        best = max(token["concepts"], key=lambda c: c["contribution"], default=None)
-        group = labels.by_id[best["id"]].group if best and best["id"] in labels.by_id else ""
-        pieces.append((token["text"], token["step"], colour.get(group, "#111")))
+    explained = explain(model, tokenizer, labels, steps, 0, steering)
+    # A text, the step in which it appears (None: it is there from the start), and its colour.
+    pieces = [(text, None, None) for text in tokenizer.pieces(prompt)]
+    pieces += [(token["text"], token["step"], COLOURS[token["written_by"]][0])
+               for token in explained["tokens"]]
+    pieces.append(("\n\nwritten by", None, None))
+    for writer, said in legend(explained).items():
+        pieces += [("  ", None, None), (f" {said} ", None, COLOURS[writer][0])]
     x, y, marks = 0, 1, []
-    for text, step, fill in pieces:
+    for text, step, colour in pieces:
+        when = None if step is None else SECONDS * (step + 1) / len(steps) / (SECONDS + HOLD)
         if text in ("<|endofchunk|>", "<|endoftext|>"):  # a chunk is a line of its own
-            x, y, text = 0, y + 1, ""
-        if x and x + len(text) > COLUMNS:
-            x, y, text = 0, y + 1, text.lstrip()
-        at = f'x="{x * WIDTH:.0f}" y="{y * HEIGHT}"'
-        length = f'textLength="{len(text) * WIDTH:.0f}" xml:space="preserve"'
-        if text and step is None:
-            marks.append(f'<text {at} {length} fill="{fill}">{escape(text)}</text>')
-        elif text:
-            when = SECONDS * (step + 1) / len(steps) / (SECONDS + HOLD)
-            marks.append(
-                f'<rect x="{x * WIDTH + 2:.0f}" y="{y * HEIGHT - 13}" height="15" fill="#ddd" '
-                f'width="{max(1, len(text) * WIDTH - 3):.0f}">{appear(when, 1, 0)}</rect>'
-                f'<text {at} {length} fill="{fill}" opacity="0">{escape(text)}'
-                f"{appear(when, 0, 1)}</text>")
-        x += len(text)
-    legend = "".join(f'<tspan fill="{colour[g]}" dx="16">{escape(g)}</tspan>' for g in groups
-                     if g in colour)
-    width, height = round(COLUMNS * WIDTH + 20), (y + 2) * HEIGHT
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 0 {width} {height}" '
-            f'width="{width}" font-family="monospace" font-size="14">\n'
-            f'<rect x="-10" width="{width}" height="{height}" fill="white"/>\n'
-            + "\n".join(marks) + f'\n<text y="{(y + 1.5) * HEIGHT}" fill="#555">coloured by the '
-            f"concept that did most:{legend}</text>\n</svg>\n")
+            text = "\n"
+        lines = FORBIDDEN.sub("\ufffd", text.expandtabs(4)).split("\n")
+        for number, part in enumerate(lines):
+            if number or x and x + columns(part) > COLUMNS:
+                x, y, part = 0, y + 1, part if number else part.lstrip()
+            if part:
+                marks.append(mark(part, x, y, colour, when))
+            x += columns(part)
+    wide, high = round(COLUMNS * WIDTH + 20), (y + 1) * HEIGHT
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-10 0 {wide} {high}" '
+            f'width="{wide}" font-family="monospace" font-size="14">\n'
+            f'<rect x="-10" width="{wide}" height="{high}" fill="white"/>\n'
+            + "\n".join(marks) + "\n</svg>\n")
 
 
-def appear(when: float, before: int, after: int) -> str:
-    """Change the opacity at the part `when` of every round."""
-    return (f'<animate attributeName="opacity" dur="{SECONDS + HOLD:g}s" repeatCount="indefinite" '
-            f'calcMode="discrete" values="{before};{after}" keyTimes="0;{when:.3f}"/>')
+def columns(text: str) -> int:
+    """Columns that a text takes: one at least, so that an accent alone is seen, too."""
+    return max(sum(map(width, text)), 1) if text else 0
+
+
+def mark(text: str, x: int, y: int, colour: str | None, when: float | None) -> str:
+    """A text in its place, on its colour, or bold. It appears at the part `when` of every round."""
+    length = columns(text) * WIDTH
+    fade = "" if when is None else appear("opacity", when, "0", "1")
+    place = f'x="{x * WIDTH:.0f}" y="{y * HEIGHT}" textLength="{length:.0f}"'
+    tile = "" if colour is None else (
+        f'<rect x="{x * WIDTH + .5:.1f}" y="{y * HEIGHT - 15}" width="{length - 1:.1f}" '
+        f'height="20" fill="{colour}" stroke="#bbb">'
+        + ("" if when is None else appear("fill", when, "white", colour)) + "</rect>")
+    weight = ' font-weight="bold"' if colour is None else ""
+    return f'{tile}<text {place}{weight} xml:space="preserve">{escape(text)}{fade}</text>'
+
+
+def appear(attribute: str, when: float, before: str, after: str) -> str:
+    """Change an attribute at the part `when` of every round."""
+    return (f'<animate attributeName="{attribute}" dur="{SECONDS + HOLD:g}s" '
+            f'repeatCount="indefinite" calcMode="discrete" values="{before};{after}" '
+            f'keyTimes="0;{when:.3f}"/>')

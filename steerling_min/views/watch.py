@@ -12,7 +12,7 @@ from ..files.tokenizer import Tokenizer
 from ..unmasking import Step
 
 MASK = "\u2591"  # a light block for each token not yet written
-FRAME = 1 / 25   # seconds between two pictures, at least
+FRAME = 1 / 16   # seconds between two pictures, at least: 128 tokens take 8 seconds
 COLOURS = (54, 61, 67, 73, 79, 114, 150, 186, 220)  # of the 256: early steps dark, late ones bright
 
 
@@ -38,45 +38,53 @@ def lines_of(pieces: list[tuple[str, int | None]], columns: int) -> list[str]:
     return [*lines, line]
 
 
+def live(out: TextIO) -> bool:
+    """Whether a text can be redrawn in place: on a terminal, unless NO_COLOR or TERM=dumb is set.
+    """
+    return (out.isatty() and not os.environ.get("NO_COLOR")
+            and os.environ.get("TERM") != "dumb")
+
+
 def watch(steps: Iterable[Step], tokenizer: Tokenizer, prompt: list[int], new: int,
           out: TextIO | None = None) -> Iterator[Step]:
     """Show the first text of a run of `unmask` as it is written, passing its steps on.
 
-    On a terminal the text is redrawn in place, at most 25 times a second. Where output is not a
-    terminal, or NO_COLOR is set, each step is a line.
+    Where `out` is live the text is redrawn in place, slowly enough for eyes; elsewhere each step is
+    a line.
     """
     out = out or sys.stdout
-    live = out.isatty() and not os.environ.get("NO_COLOR")
+    redrawn = live(out)
     when, drawn, last = {}, 0, 0.0  # position -> step; lines on screen; time of the last picture
     for number, step in enumerate(steps):
         positions, ids = step.positions[0].tolist(), step.ids[0].tolist()
         when.update(dict.fromkeys(positions, number))
-        if live:
-            done = not (step.tokens[0] == tokenizer.mask_token_id).any()
-            if done or time.monotonic() - last >= FRAME:
-                drawn = redraw(out, pieces_of(step, tokenizer, len(prompt), when, new), drawn)
-                last = time.monotonic()
+        if redrawn:
+            time.sleep(max(0, last + FRAME - time.monotonic()))
+            drawn = redraw(out, pieces_of(step, tokenizer, len(prompt), when, new), drawn)
+            last = time.monotonic()
         else:
-            texts = ", ".join(f"{tokenizer.decode([i], specials=True)!r} at {p}"
-                              for p, i in zip(positions, ids))
+            texts = ", ".join(f"{tokenizer.quoted(i)} at {p}" for p, i in zip(positions, ids))
             print(f"step {number}: {texts}", file=out, flush=True)
         yield step
-    if live:
+    if redrawn:
         redraw(out, [], drawn)
 
 
 def pieces_of(step: Step, tokenizer: Tokenizer, L: int, when: dict[int, int], new: int
               ) -> list[tuple[str, int | None]]:
-    """The text after a step: the prompt, tokens in the colour of their step, masks."""
+    """The text after a step: the prompt, tokens in the colour of their step, masks.
+
+    Half a character is a place still open, as a mask is.
+    """
     tokens = step.tokens[0].tolist()
     pieces = [(tokenizer.decode(tokens[:L]), None)]
-    for position, token in enumerate(tokens[L:], start=L):
-        if token == tokenizer.mask_token_id:
+    for position, text in list(enumerate(tokenizer.pieces(tokens)))[L:]:
+        if tokens[position] == tokenizer.mask_token_id:
             pieces.append((MASK, None))
         else:
-            text = "\n" if token == tokenizer.endofchunk_token_id else tokenizer.decode([token])
+            text = {"<|endofchunk|>": "\n", "<|endoftext|>": ""}.get(text, text)
             shade = when.get(position, 0) * len(COLOURS) // max(1, new)
-            pieces.append((text, COLOURS[min(shade, len(COLOURS) - 1)]))
+            pieces.append((text.replace("\ufffd", MASK), COLOURS[min(shade, len(COLOURS) - 1)]))
     return pieces
 
 

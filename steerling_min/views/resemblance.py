@@ -1,0 +1,67 @@
+"""The third attribution, for people: the training chunks that a written text is most like."""
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from ..attribution import embed_chunks, present, resembling
+from ..files.labels import Labels
+from ..files.tokenizer import Tokenizer
+from ..model import Steerling
+from ..training.data import endless_stories, read_documents
+from ..training.world import CONCEPTS
+
+
+def texts_of_world(model: Steerling, steps: int = 30) -> list[str]:
+    """The chunks of eight stories from each of a run's first steps: train_tiny.py, seed 0.
+
+    Raises ValueError for a model that has other concepts than the tiny world's.
+    """
+    if model.config.n_concepts != len(CONCEPTS):
+        raise ValueError("--resembles: this model has not seen the tiny world; give the FILE that "
+                         "it was trained on")
+    return [chunk.text for step in range(steps)
+            for story in islice(endless_stories(f"0 {step}"), 8) for chunk in story]
+
+
+def texts_of_file(file: Path) -> list[str]:
+    """The chunks of a training text. Raises ValueError or OSError, naming the file."""
+    return [text for document in read_documents([file]) for text, _ in document]
+
+
+def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: Sequence[int],
+                 corpus: Sequence[str], n: int = 5) -> list[dict]:
+    """For each chunk of a text its n nearest chunks in a corpus, ready for json.dumps:
+
+    [{"text", "like": [{"text", "cosine", "shared": names of the known concepts that both have}]}]
+
+    It is resemblance and no cause: what the model wrote may have been learnt elsewhere.
+    """
+    chunks = [[]]
+    for token in text:
+        if token in (tokenizer.endofchunk_token_id, tokenizer.eos_token_id):
+            chunks.append([])
+        elif token not in tokenizer.special_ids:
+            chunks[-1].append(token)
+    chunks = [chunk for chunk in chunks if chunk]
+    encoded = [tokenizer.encode(chunk) for chunk in corpus]
+    index, found = embed_chunks(model, encoded), []
+    for chunk, embedding in zip(chunks, embed_chunks(model, chunks)):
+        ids, cosines = resembling(embedding, index, n)
+        here, like = present(model, chunk), []
+        for i, cosine in zip(ids.tolist(), cosines.tolist()):
+            shared = sorted(here & present(model, encoded[i]))
+            like.append({"text": corpus[i], "cosine": cosine,
+                         "shared": [labels.name(concept) for concept in shared]})
+        found.append({"text": tokenizer.decode(chunk), "like": like})
+    return found
+
+
+def print_resemblances(found: list[dict]) -> None:
+    """Each chunk, and below it what it resembles, how much, and in which concepts."""
+    print("what each chunk resembles in the training data (resemblance is no cause):")
+    for chunk in found:
+        print(f"\n{chunk['text'].strip()}")
+        for other in chunk["like"]:
+            print(f"  {other['cosine']:.2f}  {other['text']}\n        both: "
+                  + (", ".join(other["shared"]) or "no known concept"))

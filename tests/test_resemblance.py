@@ -1,0 +1,37 @@
+"""Resemblance: a written chunk beside the training chunks that it is most like."""
+
+import pytest
+
+from steerling_min import load
+from steerling_min.files.labels import Labels
+from steerling_min.views.resemblance import print_resemblances, resemblances
+
+CORPUS = ["The old sailor", "A dog named Biscuit", "The old sailor and a dog"]
+
+
+@pytest.fixture(scope="module")
+def found():
+    model, tokenizer = load(device="cpu")
+    text = [tokenizer.bos_token_id, *tokenizer.encode(CORPUS[1]), tokenizer.endofchunk_token_id,
+            *tokenizer.encode(CORPUS[0]), tokenizer.eos_token_id, tokenizer.mask_token_id]
+    labels = Labels([], model.config.n_concepts, model.config.n_unknown_concepts)
+    return resemblances(model, tokenizer, labels, text, CORPUS, n=2)
+
+
+def test_each_chunk_stands_by_itself_without_special_tokens(found):
+    assert [chunk["text"] for chunk in found] == [CORPUS[1], CORPUS[0]]
+
+
+def test_a_chunk_of_the_training_data_is_found_again(found):
+    for chunk in found:
+        assert len(chunk["like"]) == 2
+        assert chunk["like"][0]["text"] == chunk["text"], "it is most like itself"
+        assert chunk["like"][0]["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_shared_concepts_are_named(found, capsys):
+    first = found[0]["like"][0]["shared"]
+    assert first and all(name.startswith("concept ") for name in first), "without labels: numbers"
+    print_resemblances(found)
+    printed = capsys.readouterr().out
+    assert "resemblance is no cause" in printed and f"both: {', '.join(first)}" in printed
