@@ -8,9 +8,10 @@ import resource
 import pytest
 import torch
 
-from steerling_min.files.tokenizer import TINY_PATTERN
-from steerling_min.training.data import (Stories, Stream, Texts, count_tokens, cut, has_concepts,
-                                         pack, read_jsonl, read_text)
+from steerling_min.files.loading import TINY
+from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.training.data import (WORD, Stories, Stream, Texts, count_tokens, cut,
+                                         has_concepts, pack, read_jsonl, read_text)
 from steerling_min.training.world import Chunk, recognise, split_sentences, write_story
 
 STORIES = Stories(seed=1)
@@ -64,8 +65,14 @@ def test_every_word_of_the_stories_is_one_token():
     rng = random.Random(5)
     for _ in range(20):
         for chunk in write_story(rng).chunks:
-            words = re.findall(TINY_PATTERN, chunk.text)
+            words = re.findall(WORD, chunk.text)
             assert len(TOKENIZER.encode(chunk.text)) == len(words)
+
+
+def test_the_stories_vocabulary_is_the_bundled_models(tmp_path):
+    TOKENIZER.save(tmp_path / RANK_FILE)
+    assert (tmp_path / RANK_FILE).read_bytes() == (TINY / RANK_FILE).read_bytes(), (
+        "the bundled model's ids must go on to mean what it has learnt")
 
 
 def test_a_step_reads_the_same_stories_every_time_and_no_other_steps():
