@@ -229,7 +229,13 @@ def parse_args() -> Namespace:
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
     p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
-    p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
+    p.add_argument("--text", type=Path, nargs="+", metavar="FILE",
+                   help="train on these files: plain text, each one stream with its line breaks; "
+                        'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '
+                        '(the concepts are optional; neighbours with the same "document" are one). The '
+                        "last tenth is held out; of labelled lines, every tenth of 1,000 parts")
+    p.add_argument("--vocab", type=int, default=1024, metavar="N",
+                   help="tokens that are learnt from --text, at most (default: 1024)")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -275,7 +281,7 @@ def run(args: Namespace) -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if args.text:
         T = SIZES[args.size].get("block_size", Config.tiny().block_size)
-        corpus = Texts(args.text, args.seed, T)
+        corpus = Texts(args.text, args.seed, T, args.vocab)
     else:
         corpus = Stories(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -286,7 +292,8 @@ def run(args: Namespace) -> None:
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
         print(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
-              f"{model.config.block_size} tokens a step; {len(corpus.labels)} known concepts")
+              f"{model.config.block_size} tokens a step; vocabulary {corpus.tokenizer.vocab_size}; "
+              f"{len(corpus.labels)} known concepts")
         if not corpus.labels:
             print("no labels: the presence loss, teacher forcing and steering losses are off")
     history = train(model, corpus, args)

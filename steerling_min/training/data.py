@@ -9,18 +9,20 @@ concepts, so its labels are a short list of ids, not a yes or no for each concep
 Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most labels that a chunk has.
 """
 
+import hashlib
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..files.cli import printable
 from ..files.labels import Label
 from ..files.tokenizer import Tokenizer
 from . import world
@@ -105,6 +107,14 @@ def endless_stories(seed: str) -> Iterator[Sequence[Chunk]]:
         yield world.write_story(rng).chunks
 
 
+def fingerprint(stream: Stream, labels: Sequence[Label]) -> str:
+    """Tell what was read by 16 letters: another text, other labels or names give others."""
+    read = hashlib.sha256("\n".join(label.name for label in labels).encode())
+    for tensor in stream:
+        read.update(tensor.numpy().tobytes())
+    return read.hexdigest()[:16]
+
+
 class Stories:
     """The tiny world's stories: endless, all labelled, the truth known.
 
@@ -123,6 +133,7 @@ class Stories:
                         for word in re.findall(WORD, chunk.text) if len(word) > 1)
         pieces = [*map(bytes, zip(range(256))), *(word.encode() for word, _ in words.most_common())]
         self.tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
+        self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
@@ -138,32 +149,47 @@ class Stories:
 
 
 class Texts:
-    """Anyone's own files. The last tenth of all tokens is held out.
+    """Anyone's own files.
 
-    A .jsonl file has a chunk per line, {"text": "...", "concepts": ["name", ...]}; the concepts may
-    be left out. Any other file is plain UTF-8 text whose paragraphs are its chunks, without labels.
-    A file is one document.
+    A plain text file is one document of one chunk, with its line breaks and without labels. In a
+    .jsonl file every line is a chunk, {"text": "...", "concepts": ["name", ...]}; the concepts may
+    be left out. Its chunks are one document, unless neighbouring lines differ in a further field,
+    "document".
+
+    The last tenth of the tokens is held out. Where there are labels it is every tenth of a thousand
+    parts instead (whole chunks), since labelled lines are often sorted by their concepts.
     """
 
-    def __init__(self, files: Sequence[Path], seed: int, T: int):
-        """Raises ValueError or OSError with one line that names the file (and line) and what is
-        wrong; T is the window's length, below which no text is enough."""
+    def __init__(self, files: Sequence[Path], seed: int, T: int, vocab: int = 1024,
+                 tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
+        """T is the window's length, below which no text is enough; vocab the vocabulary's size, at
+        most. A model that is trained further brings its tokenizer, and the labels of all its known
+        concepts; new concepts come after them.
+
+        Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
+        """
         self.seed = seed
-        documents = read_documents(files)
-        names = {name for document in documents for _, concepts in document for name in concepts}
-        self.labels = [Label(i, name) for i, name in enumerate(sorted(names))]
+        documents = [document for file in files for document in read_documents(file)]
+        names = {name for chunk in chain(*documents) for name in chunk["concepts"]}
+        new = sorted(names - {label.name for label in labels})
+        self.labels = [*labels, *(Label(i, name) for i, name in enumerate(new, start=len(labels)))]
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
-        documents = [[Chunk(text, tuple(ids[name] for name in concepts))
-                      for text, concepts in document] for document in documents]
-        self.tokenizer = Tokenizer.train("\n".join(c.text for c in chain(*documents)), 1024)
-        tokens, chunks, labels = pack(documents, self.tokenizer)
-        n = len(tokens) * 9 // 10
-        self.training = Stream(tokens[:n], chunks[:n], labels)
-        self.rest = Stream(tokens[n:], chunks[n:], labels)
+        documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})))
+                      for chunk in document] for document in documents]
+        self.tokenizer = tokenizer or Tokenizer.train(
+            "\n".join(chunk.text for chunk in chain(*documents)), vocab)
+        tokens, chunks, labels = stream = pack(documents, self.tokenizer)
+        self.fingerprint = fingerprint(stream, self.labels)
+        n, parts, place = len(tokens), 10, torch.arange(len(tokens))
+        if labels.shape[1]:  # a token's place is its chunk's
+            parts, place = min(1000, len(labels)), chunks.cummax(0).values.clamp(min=0)
+        held_out = place * parts // (place[-1] + 1) % 10 == 9  # (n,)
+        self.training = Stream(tokens[~held_out], chunks[~held_out], labels)
+        self.rest = Stream(tokens[held_out], chunks[held_out], labels)
         if len(self.rest.tokens) < T:
-            raise ValueError(f"{', '.join(map(str, files))}: {len(tokens)} tokens are too few; the "
-                             f"tenth of them that is held out must fill a window of {T}")
+            raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
+                             f"them that is held out must fill a window of {T}")
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         rng, last = random.Random(f"{self.seed} {step}"), len(self.training.tokens) - T
@@ -174,43 +200,45 @@ class Texts:
         return cut(self.rest, starts, T)
 
 
-def read_documents(files: Sequence[Path]) -> list[list[tuple[str, list[str]]]]:
-    """A document for each file: its chunks, each a text and the names of its concepts."""
-    return [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file) for file in files]
+FIELDS = {"text", "concepts", "document"}
+LINE = ('{"text": "...", "concepts": ["name", ...]}, with a text that is not empty and names of '
+        '1 to 200 letters')
 
 
-def read_text(file: Path) -> list[tuple[str, list[str]]]:
-    """The paragraphs of a text file, none of them labelled."""
+def read_documents(file: Path) -> list[list[dict]]:
+    """The documents of a file, each a list of chunks: {"text": "...", "concepts": [names]}."""
+    data = file.read_bytes()
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is "
-                         f"{error.object[error.start]:#04x}") from None
-    paragraphs = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
-    return at_least_one(file, [(part, []) for part in paragraphs if part])
-
-
-def read_jsonl(file: Path) -> list[tuple[str, list[str]]]:
-    """The chunks of a .jsonl file and the names of their concepts."""
-    chunks = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            chunk = json.loads(line)
-            text, concepts = chunk["text"], chunk.get("concepts", [])
-            fine = isinstance(text, str) and text and isinstance(concepts, list)
-            fine = fine and all(isinstance(name, str) and name for name in concepts)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            fine = False
-        if not fine:
-            raise ValueError(f'{file}, line {number}: expected {{"text": "...", '
-                             '"concepts": ["name", ...]}, with a text that is not empty')
-        chunks.append((text, concepts))
-    return at_least_one(file, chunks)
-
-
-def at_least_one(file: Path, chunks: list) -> list:
-    if not chunks:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start}, in line {line}, is "
+                         f"{data[error.start]:#04x}") from None
+    if "\0" in text:
+        raise ValueError(f"{file} has bytes that are 0: it is no text, or it is not UTF-8")
+    if not text.strip():
         raise ValueError(f"{file} has no text")
-    return chunks
+    if file.suffix.lower() != ".jsonl":
+        return [[{"text": text, "concepts": []}]]
+    lines = [read_line(line, f"{file}, line {number}")
+             for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [list(chunks) for _, chunks in groupby(lines, key=lambda line: line.get("document"))]
+
+
+def read_line(line: str, where: str) -> dict:
+    """A line of a .jsonl file, checked: a field that is not known may be one that is misspelt."""
+    unknown, fine = [], False
+    try:
+        chunk = json.loads(line)
+        unknown = sorted(chunk.keys() - FIELDS)
+        names = chunk.setdefault("concepts", [])
+        fine = chunk["text"].encode() and isinstance(names, list) and all(
+            0 < len(name.strip()) <= 200 and name.isprintable() for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    if unknown:
+        raise ValueError(f"{where}: there is no field '{printable(unknown[0])}', only "
+                         f"{', '.join(sorted(FIELDS))}")
+    if not fine:
+        raise ValueError(f"{where}: expected {LINE}")
+    return {**chunk, "concepts": [name.strip() for name in names]}
