@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steerling_min import Config, Steerling
+from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.config_json import config_to_dict
@@ -102,8 +103,9 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     C = len(corpus.labels) or 1
     tiny = Config.tiny(corpus.tokenizer.vocab_size)
     k = min(tiny.topk_known, C)
+    ids = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
     model = Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k, topk_known_features=k,
-                                          **SIZES[size]))
+                                          **ids, **SIZES[size]))
     # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
     # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
     # The known concepts' embeddings are to matter beside them (1,000 steps: 2.6, not 2.8).
@@ -149,7 +151,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     batch = cut(stream, starts, config.block_size)
     B, T = batch.tokens.shape
     t = noise_levels(B, T, config.diff_block_size, generator)
-    noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
+    noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
@@ -232,7 +234,8 @@ def parse_args() -> Namespace:
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                    help="train on these files: plain text, each one stream with its line breaks; "
                         'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '
-                        '(the concepts are optional; neighbours with the same "document" are one). The '
+                        '(concepts are optional; neighbours with one "document" belong together), '
+                        'or a conversation {"messages": [{"role": ..., "content": ...}, ...]}. The '
                         "last tenth is held out; of labelled lines, every tenth of 1,000 parts")
     p.add_argument("--vocab", type=int, default=1024, metavar="N",
                    help="tokens that are learnt from --text, at most (default: 1024)")

@@ -159,7 +159,12 @@ NAME = "n" * 201
     (f'{{"text": "a", "concepts": ["{NAME}"]}}', "1 to 200 letters"),
     ('{"text": "a\\ud800"}', "expected"), ('{"text": "a", "concepts": ["\\udfff"]}', "names"),
     ("[" * 10**5, "expected"), ('{"text": "a"} {"text": "b"}', "expected"),
-    ('{"text": "a", "concept": ["x"]}', "no field 'concept', only concepts, document, text"),
+    ('{"text": "a", "concept": ["x"]}', "no field 'concept', only concepts, document, messages, text"),
+    ('{"messages": []}', "expected"), ('{"messages": "hello"}', "expected"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "some of the role assistant"),
+    ('{"messages": [{"role": "assistant"}]}', "expected"),
+    ('{"messages": [{"role": "assistant", "content": 3}]}', "expected"),
+    ('{"text": "a", "messages": [{"role": "assistant", "content": "b"}]}', "expected"),
     ('{"txt": "a"}', "no field 'txt'"), ('{"text": "a", "\\n": 1}', r"no field '\n'")])
 def test_a_malformed_line_is_named_by_its_number(tmp_path, line, message):
     file = a_file(tmp_path, '{"text": "fine"}\n\n' + line + "\n", "a.jsonl")
@@ -195,6 +200,45 @@ def test_one_line_of_ten_megabytes_is_read(tmp_path, line):
     texts = Texts([a_file(tmp_path, line)], seed=0, T=256)
     tokens = [*texts.training.tokens.tolist(), *texts.rest.tokens.tolist()]
     assert texts.tokenizer.decode(tokens) == line
+
+
+def conversations(tmp_path, n=100):
+    turns = [("system", "Be kind."), ("user", "Who?"), ("assistant", "Mara did."),
+             ("user", "And <|eot_id|>"), ("assistant", "Ben.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return turns, a_file(tmp_path, "".join(json.dumps(
+        {"messages": [{"role": "user", "content": f"{i}?"}, *messages]}) + "\n"
+        for i in range(n)), "chat.jsonl")
+
+
+def test_of_a_conversation_only_the_assistants_words_are_learnt(tmp_path):
+    turns, file = conversations(tmp_path)
+    texts = Texts([file], 0, T=32)
+    tokenizer, stream = texts.tokenizer, texts.training
+    end = stream.tokens.tolist().index(tokenizer.eos_token_id)
+    first, learnt = stream.tokens[:end], stream.learnt[: end + 1]
+    template = [tokenizer.bos_token_id, *tokenizer.encode_chat([("user", "0?"), *turns])]
+    header = tokenizer.encode_chat([])
+    assert first.tolist() + header == template, "the chat's template, without a turn to come"
+    assert tokenizer.decode(first[learnt[:-1]].tolist(), specials=True) == (
+        "Mara did.<|endofchunk|><|eot_id|>Ben.<|endofchunk|><|eot_id|>"), (
+        "what the assistant says, and that its turn is over")
+    assert not learnt[-1] and ((stream.chunks >= 0) <= ~torch.isin(
+        stream.tokens, torch.tensor(sorted(tokenizer.special_ids)))).all()
+    starts = torch.tensor([3, 0])
+    assert torch.equal(cut(stream, starts, 8).learnt,
+                       torch.stack([stream.learnt[3:11], stream.learnt[:8]]))
+
+
+def test_of_any_other_text_all_is_learnt(tmp_path):
+    assert STORIES.stream(1, 300).learnt.all() and STORIES.held_out(2, 16).learnt.shape == (2, 16)
+    stream = Stream(torch.arange(10), torch.zeros(10).long(), torch.tensor([[0]]))
+    assert cut(stream, torch.tensor([2, 6]), 4).learnt.tolist() == [[True] * 4] * 2
+
+
+def test_a_conversation_needs_the_special_tokens_of_a_chat(tmp_path):
+    with pytest.raises(ValueError, match="a chat needs an instruct model"):
+        Texts([conversations(tmp_path)[1]], 0, 32, tokenizer=TOKENIZER)
 
 
 def test_the_vocabulary_is_of_the_size_asked_for_or_what_the_text_fills(tmp_path):

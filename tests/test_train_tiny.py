@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_tiny
 from steerling_min import Steerling, load
-from steerling_min.training.data import Stories
+from steerling_min.training.data import Stories, Texts
 from steerling_min.files.labels import LABELS
 from steerling_min.training.resume import STATE
 
@@ -276,6 +276,21 @@ def test_labelled_lines_train_their_concepts(run, tmp_path):
     out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
     assert "1 known concepts" in out and "presence" in out
     assert "0,even,,known," in (tmp_path / "out" / (LABELS + ".csv")).read_text()
+
+
+def test_conversations_train_the_assistants_turns_alone(run, tmp_path):
+    line = {"messages": [{"role": "user", "content": "What is it?"},
+                         {"role": "assistant", "content": "It is a whale."}]}
+    (tmp_path / "a.jsonl").write_text(400 * (json.dumps(line) + "\n"))
+    run("--steps", 5, "--text", tmp_path / "a.jsonl")
+    model, tokenizer = load(tmp_path / "out")
+    assert model.config.eot_id == tokenizer.eot_id == tokenizer.vocab_size - 1
+    corpus = Texts([tmp_path / "a.jsonl"], 0, 64)
+    args = train_tiny.Namespace(seed=0, batch=8, without=[])
+    drawn = train_tiny.draw_step(corpus, model.config, 3, 0.9, args)
+    assert drawn.masked.any() and not (drawn.masked & ~drawn.batch.learnt).any()
+    assert "whale" in tokenizer.decode(drawn.batch.tokens[drawn.batch.learnt].tolist())
+    assert not torch.equal(drawn.masked, drawn.batch.learnt), "some of them, by the noise level"
 
 
 @pytest.mark.parametrize("content, message", [

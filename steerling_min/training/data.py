@@ -4,7 +4,8 @@ A document is a list of chunks; a chunk is a text and the ids of the known conce
 Documents become `<|bos|> chunk <|endofchunk|> chunk ... <|endoftext|>`, one after the other, and
 windows of the context length are cut from that stream, without padding and without a mask between
 documents. Labels belong to whole chunks; no token has one of its own. A chunk has few of the many
-concepts, so its labels are a short list of ids, not a yes or no for each concept.
+concepts, so its labels are a short list of ids, not a yes or no for each concept. A conversation is
+a chunk, too: of its tokens only the assistant's are learnt, the others are only read.
 
 Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most labels that a chunk has.
 """
@@ -35,6 +36,7 @@ class Stream(NamedTuple):
     tokens: Tensor  # (n,) int64
     chunks: Tensor  # (n,) int64, the chunk that a token stands in; -1 for special tokens
     labels: Tensor  # (N, K) int64, the ids of each chunk's concepts, filled up with -1
+    learnt: Tensor = torch.tensor(True)  # (n,) bool, the tokens that may be masked; by default all
 
 
 class Batch(NamedTuple):
@@ -43,26 +45,45 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     chunks: Tensor  # (B, T) int64, 0 to N - 1; -1 for special tokens
     labels: Tensor  # (N, K) int64, as in Stream
+    learnt: Tensor = torch.tensor(True)  # (B, T) bool
 
 
 def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
          enough: float = float("inf")) -> Stream:
     """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
-    tokens, chunks, labels = [], [], []
+    tokens, chunks, labels, learnt = [], [], [], []
     for document in documents:
         tokens.append(tokenizer.bos_token_id)
         chunks.append(-1)
+        learnt.append(not document[0].turns)
         for chunk in document:
-            ids = tokenizer.encode(chunk.text)
-            tokens += ids + [tokenizer.endofchunk_token_id]
-            chunks += [len(labels)] * len(ids) + [-1]
+            ids, own = encode_chunk(chunk, tokenizer)
+            tokens += [*ids, tokenizer.endofchunk_token_id]
+            chunks += [-1 if i in tokenizer.special_ids else len(labels) for i in ids] + [-1]
+            learnt += [*own, not chunk.turns]
             labels.append(chunk.concepts)
         tokens[-1] = tokenizer.eos_token_id  # in place of the last <|endofchunk|>
         if len(tokens) >= enough:
             break
     K = max(map(len, labels), default=0)
     filled = torch.tensor([(*ids, *[-1] * (K - len(ids))) for ids in labels], dtype=torch.int64)
-    return Stream(torch.tensor(tokens), torch.tensor(chunks), filled.view(len(labels), K))
+    return Stream(torch.tensor(tokens), torch.tensor(chunks), filled.view(len(labels), K),
+                  torch.tensor(learnt))
+
+
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """A chunk's tokens, and which of them are learnt: all, or of a conversation what stands after
+    the assistant's headers, with the special tokens that end its turns."""
+    if not chunk.turns:
+        ids = tokenizer.encode(chunk.text)
+        return ids, [True] * len(ids)
+    ids, learnt, header = [], [], len(tokenizer.encode_chat([]))
+    for role, content in chunk.turns:
+        turn = tokenizer.encode_chat([(role, content)])[:-header]
+        given = header if role == "assistant" else len(turn)
+        ids += turn
+        learnt += [False] * given + [True] * (len(turn) - given)
+    return ids, learnt
 
 
 def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
@@ -73,7 +94,8 @@ def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
     apart = torch.where(chunks >= 0, chunks + N * torch.arange(len(starts))[:, None], -1)
     kept = apart[apart >= 0].unique()  # sorted
     renumbered = torch.searchsorted(kept, apart).masked_fill(apart < 0, -1)
-    return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)])
+    return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)],
+                 stream.learnt.expand_as(stream.tokens)[at])
 
 
 def has_concepts(labels: Tensor, C: int) -> Tensor:
@@ -154,7 +176,9 @@ class Texts:
     A plain text file is one document of one chunk, with its line breaks and without labels. In a
     .jsonl file every line is a chunk, {"text": "...", "concepts": ["name", ...]}; the concepts may
     be left out. Its chunks are one document, unless neighbouring lines differ in a further field,
-    "document".
+    "document". A line may be a conversation instead, which is a document of its own: {"messages":
+    [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. Then the
+    vocabulary has the chat's special tokens, and only the assistant's words are learnt.
 
     The last tenth of the tokens is held out. Where there are labels it is every tenth of a thousand
     parts instead (whole chunks), since labelled lines are often sorted by their concepts.
@@ -175,18 +199,19 @@ class Texts:
         self.labels = [*labels, *(Label(i, name) for i, name in enumerate(new, start=len(labels)))]
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
-        documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})))
-                      for chunk in document] for document in documents]
+        documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})),
+                            chunk["messages"]) for chunk in document] for document in documents]
         self.tokenizer = tokenizer or Tokenizer.train(
-            "\n".join(chunk.text for chunk in chain(*documents)), vocab)
-        tokens, chunks, labels = stream = pack(documents, self.tokenizer)
+            "\n".join(chunk.text for chunk in chain(*documents)), vocab,
+            instruct=any(chunk.turns for chunk in chain(*documents)))
+        tokens, chunks, labels, learnt = stream = pack(documents, self.tokenizer)
         self.fingerprint = fingerprint(stream, self.labels)
         n, parts, place = len(tokens), 10, torch.arange(len(tokens))
         if labels.shape[1]:  # a token's place is its chunk's
             parts, place = min(1000, len(labels)), chunks.cummax(0).values.clamp(min=0)
         held_out = place * parts // (place[-1] + 1) % 10 == 9  # (n,)
-        self.training = Stream(tokens[~held_out], chunks[~held_out], labels)
-        self.rest = Stream(tokens[held_out], chunks[held_out], labels)
+        self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
+                                    for part in (~held_out, held_out))
         if len(self.rest.tokens) < T:
             raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
                              f"them that is held out must fill a window of {T}")
@@ -200,13 +225,14 @@ class Texts:
         return cut(self.rest, starts, T)
 
 
-FIELDS = {"text", "concepts", "document"}
+FIELDS = {"text", "concepts", "document", "messages"}
 LINE = ('{"text": "...", "concepts": ["name", ...]}, with a text that is not empty and names of '
-        '1 to 200 letters')
+        '1 to 200 letters; or {"messages": [{"role": "user", "content": "..."}, ...]} with some of '
+        'the role assistant')
 
 
 def read_documents(file: Path) -> list[list[dict]]:
-    """The documents of a file, each a list of chunks: {"text": "...", "concepts": [names]}."""
+    """The documents of a file, each a list of chunks with text, concepts and messages."""
     data = file.read_bytes()
     try:
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -219,10 +245,11 @@ def read_documents(file: Path) -> list[list[dict]]:
     if not text.strip():
         raise ValueError(f"{file} has no text")
     if file.suffix.lower() != ".jsonl":
-        return [[{"text": text, "concepts": []}]]
+        return [[{"text": text, "concepts": [], "messages": []}]]
     lines = [read_line(line, f"{file}, line {number}")
              for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [list(chunks) for _, chunks in groupby(lines, key=lambda line: line.get("document"))]
+    return [list(chunks) for _, chunks in groupby(
+        lines, key=lambda line: line["messages"] or line["document"])]
 
 
 def read_line(line: str, where: str) -> dict:
@@ -232,8 +259,10 @@ def read_line(line: str, where: str) -> dict:
         chunk = json.loads(line)
         unknown = sorted(chunk.keys() - FIELDS)
         names = chunk.setdefault("concepts", [])
-        fine = chunk["text"].encode() and isinstance(names, list) and all(
-            0 < len(name.strip()) <= 200 and name.isprintable() for name in names)
+        turns = [(turn["role"], turn["content"]) for turn in chunk.get("messages", [])]
+        text = "\n".join(chain(*turns)) if "assistant" in dict(turns) else chunk["text"]
+        fine = (text.encode() and ("text" in chunk) != bool(turns) and isinstance(names, list)
+                and all(0 < len(name.strip()) <= 200 and name.isprintable() for name in names))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     if unknown:
@@ -241,4 +270,5 @@ def read_line(line: str, where: str) -> dict:
                          f"{', '.join(sorted(FIELDS))}")
     if not fine:
         raise ValueError(f"{where}: expected {LINE}")
-    return {**chunk, "concepts": [name.strip() for name in names]}
+    return {"text": text, "concepts": [name.strip() for name in names], "messages": turns,
+            "document": chunk.get("document")}

@@ -86,7 +86,7 @@ def held_out_loss(model: Steerling, batch: Batch) -> float:
     config, device = model.config, model.device
     generator = torch.Generator().manual_seed(0)
     t = noise_levels(*batch.tokens.shape, config.diff_block_size, generator)
-    noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
+    noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     hidden = model.transformer(noisy.to(device))  # with epsilon, what is composed
     logits = model.transformer.lm_head(hidden[masked.to(device)])
     return cross_entropy(logits, batch.tokens[masked].to(device)).item()
