@@ -3,7 +3,8 @@
     python train_tiny.py                                    # the bundled model: under an hour
     python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
-    python train_tiny.py --text my.txt                      # on your own text
+    python train_tiny.py --text my.txt --out runs/mine      # on your own text
+    python train_tiny.py --text my.txt --evaluate runs/mine # ... and how good that is
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
@@ -25,6 +26,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,14 +39,15 @@ from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.config_json import config_to_dict
-from steerling_min.files.labels import Labels, write_labels
-from steerling_min.files.loading import pick_device
-from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.files.labels import Label, Labels, load_labels, write_labels
+from steerling_min.files.loading import find_labels, load, pick_device
+from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
 from steerling_min.files.writing import replacing
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
 from steerling_min.training.distributed import RANK, WORLD, agreed
-from steerling_min.training.evaluate import evaluate, held_out_loss, print_table
+from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_text, per_character,
+                                             print_table, write)
 from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.resume import STATE, load_state, save_state
@@ -205,6 +208,8 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[di
         if step % LOG_EVERY == 0:
             means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
             means["held out"], recent = held_out_loss(model, held_out), {}
+            if args.text:
+                means["nats per character"] = per_character(model, corpus.tokenizer, held_out)
             if not math.isfinite(sum(means.values())):
                 raise ValueError(f"at step {step} the loss is not a number any more: try a smaller "
                                  f"--lr than {args.lr}; what was saved before is intact")
@@ -247,7 +252,8 @@ def parse_args() -> Namespace:
                    help="of the computation; the weights stay float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
-                   help="train nothing; measure these models (default: the bundled one)")
+                   help="train nothing; measure these models (default: the bundled one), with "
+                        "--text on what was held out of it")
     args = p.parse_args()
     for name, ok, supported in (
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
@@ -270,9 +276,36 @@ def main() -> None:
         args = parse_args()
         if args.evaluate is not None:
             folders = {name: name for name in args.evaluate} or {"bundled": None}
-            print_table({name: evaluate(folder, args.device) for name, folder in folders.items()})
+            if args.text:
+                for folder in folders.values():
+                    evaluate_on_text(folder, args)
+            else:
+                print_table({name: evaluate(folder, args.device)
+                             for name, folder in folders.items()})
         else:
             run(args)
+
+
+def evaluate_on_text(folder: str | None, args: Namespace) -> None:
+    """Print what a model makes of the part of --text that training held out, and what it writes."""
+    model, tokenizer = load(folder, args.device, torch.float32)
+    named = load_labels(find_labels(folder), model.config)
+    corpus = make_corpus(args, model.config.block_size, tokenizer,
+                         [named.label(i) for i in range(model.config.n_concepts)])
+    print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
+    for name, value in measure_text(model, tokenizer, corpus.rest).items():
+        print(f"{value:10.4f}  {name}")
+    start, n = [tokenizer.bos_token_id], min(128, model.config.block_size - 1)
+    for seed in range(3):
+        print(f"--- sample {seed}", write(model, tokenizer, start, n, seed)[1], sep="\n")
+
+
+def make_corpus(args: Namespace, T: int, tokenizer: Tokenizer | None = None,
+                labels: Sequence[Label] = ()) -> Stories | Texts:
+    """What to train on, in windows of T; tokenizer and labels are those of a model, if any."""
+    if not args.text:
+        return Stories(args.seed)
+    return Texts(args.text, args.seed, T, args.vocab, tokenizer, labels)
 
 
 def run(args: Namespace) -> None:
@@ -282,11 +315,7 @@ def run(args: Namespace) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if args.text:
-        T = SIZES[args.size].get("block_size", Config.tiny().block_size)
-        corpus = Texts(args.text, args.seed, T, args.vocab)
-    else:
-        corpus = Stories(args.seed)
+    corpus = make_corpus(args, SIZES[args.size].get("block_size", Config.tiny().block_size))
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.out / STATE).exists() and not args.resume:
         raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out "

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def test_training_learns(run, tmp_path):
     rows = [line for line in out.splitlines() if line.startswith("step ")]
     assert len(rows) == 12 and "tokens/s" in rows[0] and "min left" in rows[0]
     first, last = (float(row.split("held out ")[1].split(";")[0]) for row in (rows[0], rows[-1]))
+    assert "per character" not in out, "the tiny world has its own units"
     assert first > 5.8, "it starts near ln 829 = 6.7"
     assert last < 5.6, "60 steps teach at least how often each token occurs"
     assert "presence" in rows[0] and "respond" not in rows[0] and "respond" in rows[-1]
@@ -263,10 +265,16 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
 def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
     text = "\n\n".join(f"This is paragraph {i} of many." for i in range(400))
     (tmp_path / "a.txt").write_text(text)
-    out = run("--steps", 5, "--text", tmp_path / "a.txt")
+    out = run("--steps", 5, "--text", tmp_path / "a.txt", "--vocab", 300)
     assert "no labels" in out and "presence" not in out.split("step 5")[1]
     model, tokenizer = load(tmp_path / "out")
     assert len(tokenizer.encode("This is paragraph")) == 3, "the words are the text's own"
+    assert model.config.vocab_size <= 300
+    per_character = float(re.search(r"nats per character ([0-9.]+);", out)[1])
+    out = run("--text", tmp_path / "a.txt", "--evaluate", tmp_path / "out")
+    assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
+        per_character, rel=0.1)
+    assert "bits per byte" in out and out.count("--- sample") == 3
 
 
 def test_labelled_lines_train_their_concepts(run, tmp_path):
@@ -275,6 +283,7 @@ def test_labelled_lines_train_their_concepts(run, tmp_path):
         + "\n" for i in range(400)))
     out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
     assert "1 known concepts" in out and "presence" in out
+    assert "AUC" in run("--text", tmp_path / "a.jsonl", "--evaluate", tmp_path / "out")
     assert "0,even,,known," in (tmp_path / "out" / (LABELS + ".csv")).read_text()
 
 

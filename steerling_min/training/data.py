@@ -221,7 +221,7 @@ class Texts:
         return self.training, torch.tensor([rng.randint(0, last) for _ in range(B)])
 
     def held_out(self, B: int, T: int) -> Batch:
-        starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
+        starts = torch.linspace(0, len(self.rest.tokens) - T, B, dtype=torch.float64).long()
         return cut(self.rest, starts, T)
 
 
