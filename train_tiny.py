@@ -241,7 +241,7 @@ def parse_args() -> Namespace:
                         'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '
                         '(concepts are optional; neighbours with one "document" belong together), '
                         'or a conversation {"messages": [{"role": ..., "content": ...}, ...]}. The '
-                        "last tenth is held out; of labelled lines, every tenth of 1,000 parts")
+                        "last tenth is held out; of labelled lines, a tenth drawn from all over")
     p.add_argument("--vocab", type=int, default=1024, metavar="N",
                    help="tokens that are learnt from --text, at most (default: 1024)")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",

@@ -180,8 +180,8 @@ class Texts:
     [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. Then the
     vocabulary has the chat's special tokens, and only the assistant's words are learnt.
 
-    The last tenth of the tokens is held out. Where there are labels it is every tenth of a thousand
-    parts instead (whole chunks), since labelled lines are often sorted by their concepts.
+    The last tenth of the tokens is held out. Where there are labels it is a tenth of up to a
+    thousand parts, drawn from all over, since labelled lines are often sorted by their concepts.
     """
 
     def __init__(self, files: Sequence[Path], seed: int, T: int, vocab: int = 1024,
@@ -206,10 +206,13 @@ class Texts:
             instruct=any(chunk.turns for chunk in chain(*documents)))
         tokens, chunks, labels, learnt = stream = pack(documents, self.tokenizer)
         self.fingerprint = fingerprint(stream, self.labels)
-        n, parts, place = len(tokens), 10, torch.arange(len(tokens))
-        if labels.shape[1]:  # a token's place is its chunk's
-            parts, place = min(1000, len(labels)), chunks.cummax(0).values.clamp(min=0)
-        held_out = place * parts // (place[-1] + 1) % 10 == 9  # (n,)
+        n = len(tokens)
+        part, chosen = torch.arange(n) * 10 // n, torch.tensor(9)
+        if labels.shape[1]:  # a token's part is its chunk's
+            N, parts = len(labels), min(1000, len(labels))
+            part = chunks.cummax(0).values.clamp(min=0) * parts // N
+            chosen = torch.randperm(parts, generator=torch.Generator().manual_seed(0))[: parts // 10]
+        held_out = torch.isin(part, chosen)  # (n,)
         self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
                                     for part in (~held_out, held_out))
         if len(self.rest.tokens) < T:
