@@ -23,9 +23,11 @@ import torch
 from steerling_min import Steering, Steerling, Tokenizer, load, log_likelihood, unmask
 from steerling_min.attribution import promoted
 from steerling_min.files.cli import Parser, one_line_errors, printable
+from steerling_min.files.config_json import GENERATION, read_generation
 from steerling_min.files.labels import GET_LABELS, Label, Labels, load_labels
-from steerling_min.files.loading import find_labels
+from steerling_min.files.loading import find_checkpoint, find_labels
 from steerling_min.files.writing import replacing
+from steerling_min.sampling import Options
 from steerling_min.steering import SUPPRESS
 from steerling_min.unmasking import Step
 from steerling_min.views.animation import animation
@@ -38,17 +40,21 @@ from steerling_min.views.watch import live, watch
 SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show concepts' names
 WORLD = Path()  # stands for the tiny world's stories
 MOST = 20  # concepts that --find lists
+# Where neither the command line nor the model says more. None: entropy sampling.
+DEFAULTS = {"max_new_tokens": 128, "temperature": None, "top_p": Options.top_p,
+            "repetition_penalty": Options.repetition_penalty, "allow_eos": False, "align": True}
 SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
 
 def parser() -> Parser:
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    add = p.add_argument_group("writing").add_argument
+    add = p.add_argument_group("writing", "A model has defaults of its own where it says so in "
+                               f"its folder's {GENERATION}.").add_argument
     add("--prompt", metavar="TEXT", help="what to continue; else standard input is read")
     add("--chat", action="store_true", help="the prompt is a message to an instruct model")
-    add("--max-new-tokens", type=int, metavar="N",
-        help="tokens to write (default: 128, or what the context has room for)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"tokens to write, at most (default: "
+        f"{DEFAULTS['max_new_tokens']}, or what the context has room for)")
     add("--num-samples", type=int, default=1, metavar="N",
         help="texts to write; the second is what --seed SEED+1 alone would give")
     add("--seed", type=int, help="of the draws (default: a random one, printed)")
@@ -57,12 +63,16 @@ def parser() -> Parser:
         help="instead of --steps: commit all positions at least this confident, 0 to 1")
     add("--temperature", type=float, metavar="X", help="fixed temperature, 0 = greedy; switches "
         "off entropy sampling, in which each token's entropy sets it")
-    add("--top-p", type=float, default=0.8, metavar="P",
-        help="nucleus of every draw (default: 0.8)")
+    add("--top-p", type=float, metavar="P",
+        help=f"nucleus of every draw (default: {DEFAULTS['top_p']})")
+    add("--repetition-penalty", type=float, metavar="X", help="makes what stands in the text "
+        f"already less likely; 1 = off (default: {DEFAULTS['repetition_penalty']})")
+    add("--allow-eos", action=argparse.BooleanOptionalAction, help="let the text end by "
+        "itself (default: no; with --order global always)")
     add("--order", choices=["window", "global"], default="window",
         help="fill window by window, or the surest position of all (default: window)")
-    add("--no-align", action="store_true",
-        help="count windows from the prompt's end, not by attention blocks")
+    add("--align", action=argparse.BooleanOptionalAction, help="cut windows at the edges of "
+        "attention blocks, instead of counting them from the prompt's end (default: yes)")
 
     add = p.add_argument_group("concepts").add_argument
     add("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
@@ -145,6 +155,16 @@ def parse_args() -> argparse.Namespace:
     if args.seed is None:
         args.seed = random.randrange(2**31)
     return args
+
+
+def complete(args: argparse.Namespace, model: Steerling, L: int) -> None:
+    """Fill in what the command line left open after a prompt of L tokens: the model's own default,
+    or ours."""
+    defaults = DEFAULTS | read_generation(find_checkpoint(args.model), model.config)
+    defaults["max_new_tokens"] = min(defaults["max_new_tokens"], model.config.block_size - L)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def labels_for(args: argparse.Namespace, model: Steerling) -> Labels:
@@ -256,19 +276,9 @@ def score(model: Steerling, tokenizer: Tokenizer, prompt: list[int], texts: list
     for text in texts:
         ids = tokenizer.encode(text)
         nats = log_likelihood(model, prompt, ids)
+        if not math.isfinite(nats):
+            raise ValueError("--score: the likelihood is not a finite number: the model is broken")
         print(f"{nats:9.3f} nats, {nats / len(ids):7.3f} per token of {len(ids)}: {text!r}")
-
-
-def text_of(tokenizer: Tokenizer, ids: list[int], cut_at: list[int]) -> str:
-    """Tokens as text, up to the first of the ids in cut_at; each chunk on a line of its own."""
-    ids = ids[: min([i for i, token in enumerate(ids) if token in cut_at], default=len(ids))]
-    chunks = [[]]
-    for token in ids:
-        if token == tokenizer.endofchunk_token_id:
-            chunks.append([])
-        else:
-            chunks[-1].append(token)
-    return "\n".join(tokenizer.decode(chunk) for chunk in chunks)
 
 
 def peak_memory(device: torch.device) -> str:
@@ -287,8 +297,6 @@ def peak_memory(device: torch.device) -> str:
 def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[int],
           args: argparse.Namespace) -> None:
     """Generate, then print each text and one closing line of figures, or all of it as JSON."""
-    if args.max_new_tokens is None:
-        args.max_new_tokens = min(128, model.config.block_size - len(prompt))
     new = args.max_new_tokens
     steering = steering_of(args.steer, labels, args.suppression)
     if args.compile:
@@ -297,8 +305,9 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
     run = unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
                  temperature=args.temperature or 0.0, top_p=args.top_p,
                  entropy_sampling=args.temperature is None, confidence_threshold=args.threshold,
-                 order=args.order, align=args.order == "window" and not args.no_align,
-                 seed=args.seed, steering=steering)
+                 repetition_penalty=args.repetition_penalty, order=args.order,
+                 allow_eos=args.allow_eos or args.order == "global",
+                 align=args.align and args.order == "window", seed=args.seed, steering=steering)
     steps, counts = follow(watch(run, tokenizer, prompt, new) if args.watch else run, tokenizer,
                            args)
     if model.device.type == "cuda":
@@ -345,29 +354,27 @@ def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace
             counts.append(sum(map(len, step.ids)))
     except KeyboardInterrupt:
         for row in steps[-1].tokens.tolist() if steps else []:  # --json promises JSON or nothing
-            print("\n" + text_of(tokenizer, row, []), file=sys.stderr if args.json else sys.stdout)
+            print("\n" + tokenizer.decode(row), file=sys.stderr if args.json else sys.stdout)
         raise
     return steps, counts
 
 
-def texts_of(tokenizer: Tokenizer, last: Step, args: argparse.Namespace) -> list[tuple[str, int]]:
+def texts_of(tokenizer: Tokenizer, last: Step) -> list[tuple[str, int]]:
     """Each text of a batch, and how many of its positions were left unwritten."""
-    cut_at = [tokenizer.eos_token_id] + [tokenizer.mask_token_id] * (args.order == "global")
-    texts = [text_of(tokenizer, row, cut_at) for row in last.tokens.tolist()]
-    return list(zip(texts, last.unwritten.tolist()))
+    return list(zip(map(tokenizer.decode, last.tokens.tolist()), last.unwritten.tolist()))
 
 
 def print_json(tokenizer: Tokenizer, last: Step, explained: list[dict],
                args: argparse.Namespace) -> None:
     samples = [{"text": text, "unwritten": unwritten, **about}
-               for (text, unwritten), about in zip(texts_of(tokenizer, last, args), explained)]
+               for (text, unwritten), about in zip(texts_of(tokenizer, last), explained)]
     print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
                       "samples": samples}, ensure_ascii=False))
 
 
 def print_texts(tokenizer: Tokenizer, last: Step, explained: list[dict],
                 args: argparse.Namespace) -> None:
-    for row, (text, unwritten) in enumerate(texts_of(tokenizer, last, args)):
+    for row, (text, unwritten) in enumerate(texts_of(tokenizer, last)):
         print(text)
         print("---")
         if unwritten:
@@ -403,6 +410,7 @@ def main() -> None:
         if args.score:
             score(model, tokenizer, prompt, args.score)
             return
+        complete(args, model, len(prompt))
         size = sum(x.numel() for x in [*model.parameters(), *model.buffers()])
         if size < SMALL:
             torch.set_num_threads(1)

@@ -38,7 +38,7 @@ from steerling_min import Config, Steerling
 from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.cli import Parser, one_line_errors
-from steerling_min.files.config_json import config_to_dict
+from steerling_min.files.config_json import config_to_dict, write_generation
 from steerling_min.files.labels import Label, Labels, load_labels, write_labels
 from steerling_min.files.loading import find_labels, load, pick_device
 from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
@@ -345,6 +345,8 @@ def run(args: Namespace) -> None:
     if RANK == 0:
         model.save_pretrained(args.out)
         corpus.tokenizer.save(args.out / RANK_FILE)
+        if not args.text:  # stories repeat names on purpose, and end
+            write_generation(args.out, max_new_tokens=250, repetition_penalty=1.0, allow_eos=True)
         write_labels(Labels(corpus.labels, model.config.n_concepts,
                             model.config.n_unknown_concepts), args.out)
         if history:

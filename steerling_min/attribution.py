@@ -79,7 +79,7 @@ def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
     """The attribution of every token that a run of `unmask` wrote into one sequence.
 
     Returns the positions (n,), ascending, and the Attribution of the tokens there, each from the
-    step that committed it. What an end of turn overwrote is left out, and so is what it filled in.
+    step that committed it. What an end overwrote is left out, and so is what it filled in.
     steering must be the one given to `unmask`.
     """
     steps = list(steps)

@@ -136,10 +136,10 @@ class Config:
 def require(ok: bool, name: str, value, supported: str) -> None:
     """Raise ValueError unless ok: with the field, its value and what is supported."""
     if not ok:
-        raise ValueError(f"{name} = {value!r} is not supported; supported: {supported}")
+        raise ValueError(f"{name} = {value!r:.80} is not supported; supported: {supported}")
 
 
 def require_concept(kind: str, concept: int, n: int) -> None:
     """Raise ValueError unless the concept, a "known" or "unknown" one, is one of n."""
-    if not 0 <= concept < n:
-        raise ValueError(f"{kind} concept {concept} does not exist; ids are 0 to {n - 1}")
+    if concept not in range(n):
+        raise ValueError(f"{kind} concept {concept!r:.80} does not exist; ids are 0 to {n - 1}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .model import Steerling
+from .model import Steerling, require_tokens
 
 
 def noise_levels(B: int, T: int, S: int, generator: torch.Generator | None = None) -> Tensor:
@@ -75,6 +75,7 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
     without masks; 0 <= start < T; samples, the Monte-Carlo draws per block; generator on the CPU.
     Raises ValueError, naming it, for a start outside.
     """
+    require_tokens("tokens", tokens, model.config)
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
     if not 0 <= start < T or samples < 1:
         raise ValueError(f"start = {start} must lie in 0 to {T - 1} and samples = {samples} be at "

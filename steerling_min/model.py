@@ -60,7 +60,10 @@ class Steerling(nn.Module):
         known, unknown, epsilon, positions: an intervention on concept weights (`iguide.decompose`).
         injection (B, T, D): added to the residual stream after every block from inject_layer on,
         counted from 1.
+
+        Raises ValueError, naming the argument, for what cannot be one.
         """
+        require_tokens("tokens", tokens, self.config)
         injections = {} if injection is None else {inject_layer: injection}
         hidden = self.transformer(tokens, injections)  # (B, T, D)
         parts = decompose(hidden, self.known_head, self.unknown_head,
@@ -78,8 +81,6 @@ class Steerling(nn.Module):
         kinds, pools = ("hidden", "composed", "known", "unknown"), ("mean", "last", "first", "none")
         require(kind in kinds, "kind", kind, ", ".join(kinds))
         require(pooling in pools, "pooling", pooling, ", ".join(pools))
-        if tokens.shape[1] == 0:
-            raise ValueError("there are no tokens to embed")
         x = getattr(self(tokens), kind)  # (B, T, D)
         return {"mean": x.mean(1), "last": x[:, -1], "first": x[:, 0], "none": x}[pooling]
 
@@ -98,3 +99,13 @@ class Steerling(nn.Module):
         """Write model.safetensors and config.json under the official names and the hub's layout."""
         from .files.checkpoint import save_model
         save_model(self, Path(folder))
+
+
+def require_tokens(name: str, tokens: Tensor, config: Config, least: int = 1) -> None:
+    """Raise ValueError unless tokens (B, T) are ids of the vocabulary, B >= 1 and T >= least."""
+    if (tokens.dim() != 2 or len(tokens) == 0 or tokens.shape[1] < least
+            or tokens.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(f"{name} must be whole numbers of shape (B, T), B >= 1 and T >= {least}; "
+                         f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if ((tokens < 0) | (tokens >= config.vocab_size)).any():
+        raise ValueError(f"{name}: a token id is outside the vocabulary of {config.vocab_size}")

@@ -4,7 +4,7 @@ Letters: m masked positions, n of them filled in this step, V vocabulary, T toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -14,22 +14,22 @@ from .config import Config, require
 
 @dataclass(frozen=True)
 class Options:
-    """How `unmask` writes. The defaults are the official package's."""
+    """How `unmask` writes. The defaults are the official package's; `check` reads the types."""
 
     # Denoising steps in all, shared out over the windows. None commits one token per step.
     steps: int | None = None
     # Instead of steps: commit every position that is at least this sure, 0 to 1, at least one.
-    confidence_threshold: float | None = None
+    confidence_threshold: int | float | None = None
     # The temperature follows the entropy of each position's distribution; `temperature` is ignored.
     entropy_sampling: bool = True
     # Used without entropy_sampling; 0 is greedy.
-    temperature: float = 1.2
+    temperature: int | float = 1.2
     # The nucleus of every draw, 0 to 1.
-    top_p: float = 0.8
+    top_p: int | float = 0.8
     # Applied to every token already in the sequence, prompt included; 1 turns it off.
-    repetition_penalty: float = 1.1
+    repetition_penalty: int | float = 1.1
     # Classifier-free guidance, away from what the model says when the prompt is masked; 0 is off.
-    cfg_scale: float = 0.0
+    cfg_scale: int | float = 0.0
     # What is filled at a time. "window": S positions, as in release 0.2 of the official package.
     # "global": all new positions, as in its release 0.1; then <|endoftext|> may be committed, and
     # ends the sequence after that step. Within either, the surest position comes first.
@@ -37,30 +37,32 @@ class Options:
     # Cut the windows at the edges of the attention blocks instead of counting from the prompt, so
     # that no window fills the later of two blocks before the earlier is complete.
     align: bool = False
-    # Let <|endoftext|> be committed. Like an instruct model's <|eot_id|> it fills all to its right
-    # with <|endoftext|> and ends the sequence; masks to its left stay unwritten. If a step commits
-    # several, all its tokens are put down first, and then the leftmost acts.
+    # Let <|endoftext|> be committed. All to its right becomes <|endoftext|>, and the sequence ends
+    # when all to its left is written. (An instruct model's <|eot_id|> fills its right in the same
+    # way, but ends the sequence at once: masks to its left stay.) If a step commits several, all
+    # its tokens are put down first, and then the leftmost acts.
     allow_eos: bool = False
     # A sequence ends after a window that brought its new text one of these ids.
-    stop_tokens: Sequence[int] = ()
+    stop_tokens: Sequence = ()
     # Row b of a batch draws from seed + b. None draws differently every time.
     seed: int | None = None
 
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the option, for the first that cannot be honoured."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            require(isinstance(value, kind), field.name, value, getattr(kind, "__name__", kind))
         sure = self.confidence_threshold
         for ok, name, supported in (
-                (self.steps is None or isinstance(self.steps, int) and self.steps >= 1, "steps",
-                 "None or a whole number, 1 or more"),
-                (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "temperature",
-                 "0 (greedy), or 1e-6 to 1e6"),
+                (self.steps is None or self.steps >= 1, "steps", "None or 1 or more"),
+                (1e-6 <= (self.temperature or 1) <= 1e6, "temperature", "0, or 1e-6 to 1e6"),
                 (0 <= self.top_p <= 1, "top_p", "0 to 1"),
-                (self.repetition_penalty > 0, "repetition_penalty", "above 0; 1 = none"),
-                (self.cfg_scale >= 0, "cfg_scale", "0 (off) or more"),
+                (0 < self.repetition_penalty <= 1e6, "repetition_penalty", "above 0; 1 = none"),
+                (0 <= self.cfg_scale <= 1e6, "cfg_scale", "0 (off) to 1e6"),
                 (sure is None or 0 <= sure <= 1, "confidence_threshold", "None or 0 to 1"),
                 (self.order in ("window", "global"), "order", "'window' or 'global'"),
                 (self.seed is None or 0 <= self.seed < 2**63, "seed", "None or 0 to 2^63 - 1"),
-                (all(0 <= i < config.vocab_size for i in self.stop_tokens), "stop_tokens",
+                (all(i in range(config.vocab_size) for i in self.stop_tokens), "stop_tokens",
                  f"ids below {config.vocab_size}")):
             require(ok, name, getattr(self, name), supported)
         if self.steps is not None and sure is not None:

@@ -9,6 +9,7 @@ Three kinds of edit, which can be combined by `+`:
 import math
 from dataclasses import dataclass
 from itertools import starmap
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -177,21 +178,20 @@ def decompose_under(steering: Steering, model: Steerling, hidden: Tensor) -> Dec
 
 def check(steering: Steering, config: Config) -> None:
     """Raise ValueError for what the model does not have, or what is not a number."""
-    known = [c for injection in steering.injections for c in injection.ids]
-    for c in known + [c for c, *_ in steering.suppressions + steering.known]:
-        require_concept("known", c, config.n_concepts)
-    for c, _ in steering.unknown:
-        require_concept("unknown", c, config.n_unknown_concepts)
+    require(isinstance(steering, Steering), "steering", steering, "a Steering")
+    require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for injection in steering.injections:
         require(injection.ids, "ids", injection.ids, "at least one concept")
-        require(math.isfinite(injection.strength), "strength", injection.strength, "finite numbers")
-        require(injection.layer is None or 1 <= injection.layer <= config.n_layers, "layer",
-                injection.layer, f"1 to {config.n_layers}")
-    require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
-    for kind, edits in (("known", steering.known), ("unknown", steering.unknown)):
-        ids = [concept for concept, _ in edits]
-        for concept in ids:
-            if ids.count(concept) > 1:
-                raise ValueError(f"{kind} concept {concept} is given two weights")
-    for _, value, *_ in steering.suppressions + steering.known + steering.unknown:
-        require(math.isfinite(value), "strength", value, "finite numbers")
+        require(injection.layer is None or injection.layer in range(1, config.n_layers + 1),
+                "layer", injection.layer, f"1 to {config.n_layers}")
+    edits = [*(("known", *edit) for edit in steering.known),
+             *(("unknown", *edit) for edit in steering.unknown)]
+    pushed = [("known", c, x.strength) for x in steering.injections for c in x.ids]
+    lowered = [("known", c, strength) for c, strength, *_ in steering.suppressions]
+    for kind, concept, strength in edits + pushed + lowered:
+        require_concept(kind, concept,
+                        config.n_concepts if kind == "known" else config.n_unknown_concepts)
+        require(isinstance(strength, Real) and math.isfinite(strength), "strength", strength,
+                "finite numbers")
+        if sum(edit[:2] == (kind, concept) for edit in edits) > 1:
+            raise ValueError(f"{kind} concept {concept} is given two weights")

@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import KVCache
 from .cache import cached_hidden, plain_hidden
 from .config import Config
-from .model import Steerling
+from .model import Steerling, require_tokens
 from .sampling import Options, choose, commits_per_step, spread_steps, windows
 from .steering import Steerer, Steering
 
@@ -53,7 +53,7 @@ class Step:
     confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, after penalty and
                                      # bans, 0 to 1; the token drawn may be another one
     hidden: tuple[Tensor, ...]       # (n, D) each: the states there, before any edit of concepts
-    unwritten: Tensor                # (B,), masks left; after the last step 0, unless a text ended
+    unwritten: Tensor                # (B,), masks left; after the last step 0, unless a turn ended
 
 
 @torch.no_grad()
@@ -64,9 +64,9 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     The sequence is the prompt and then masks, filled window by window. In each step the masked
     positions of the window where the model is most confident are committed, each with a token
-    sampled from its own distribution. A committed token is never revised; only an end of turn
-    overwrites what stands to its right. (A window is what is being filled, a block is who sees
-    whom.)
+    sampled from its own distribution. A committed token is never revised; only the end of a text or
+    of a turn overwrites what stands to its right. (A window is what is being filled, a block is who
+    sees whom.)
 
     prompt_tokens: (B, L); L may be 0. Row b equals its own single run. With a confidence threshold
         rows fill a window at different speeds; the next window begins when all have. A row that has
@@ -119,7 +119,7 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     """Write max_new_tokens after each prompt: (B, L) -> (B, L + new).
 
     Takes the arguments of `unmask` and returns the tokens of its last step. No mask is left in
-    them, except what a sequence that ended early left unwritten.
+    them, except where the end of a turn left some.
     """
     for step in unmask(model, prompt_tokens, max_new_tokens, **options):
         tokens = step.tokens
@@ -150,7 +150,8 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
     run's prompt is masks, so it is injected too. When an injection ends at its cutoff, the cached
     keys of that prompt are stale, and the cache is emptied. Suppression comes last.
 
-    Raises ValueError when a steering makes logits infinite or not a number.
+    Raises ValueError for logits that are infinite or not a number. (A GPU would have to be waited
+    for: there only under a steering.)
     """
     mask_id = model.config.mask_token_id
     committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)
@@ -172,9 +173,10 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
         c, u = logits.chunk(2)
         logits = u + (cfg_scale + 1) * (c - u)
     logits = steerer.suppress(logits)
-    if steerer.steering != Steering() and not logits.isfinite().all():
-        raise ValueError("the steering is too strong: logits are not finite numbers any more in "
-                         f"{model.dtype}; a smaller strength is needed")
+    waits = logits.device.type == "cpu" or steerer.steering != Steering()
+    if waits and not logits.isfinite().all():
+        raise ValueError(f"logits are not finite numbers any more in {model.dtype}: the steering "
+                         "is too strong, or the model's weights are broken")
     return logits, hidden
 
 
@@ -182,35 +184,30 @@ class Roles(NamedTuple):
     """Token ids that mean something to the sampler, (n,) int64 each but the last."""
 
     banned: Tensor    # never committed
-    end: Tensor       # the sequence ends after the step that commits one of these ...
-    end_turn: Tensor  # ... and these of them also turn all to their right into <|endoftext|>
+    end: Tensor       # the sequence ends after the step that commits one of these
+    last: Tensor      # these turn all to their right into <|endoftext|>
     stop: Tensor      # the sequence ends only after the window that has one of these
     eos: int          # <|endoftext|>
 
 
 def special_roles(config: Config, how: Options, device: torch.device) -> Roles:
     """Each token id's role under the sampler's options."""
-    banned, end = [config.mask_token_id, config.pad_token_id], []
-    end_turn = [] if config.eot_id is None else [config.eot_id]
-    if how.allow_eos:
-        end_turn.append(config.eos_token_id)
-    elif how.order == "global":
-        end.append(config.eos_token_id)
-    else:
-        banned.append(config.eos_token_id)
+    banned = [config.mask_token_id, config.pad_token_id]
+    end = [] if config.eot_id is None else [config.eot_id]
+    last = list(end)
+    role = last if how.allow_eos else end if how.order == "global" else banned
+    role.append(config.eos_token_id)
     return Roles(*(torch.tensor(ids, dtype=torch.int64, device=device)
-                   for ids in (banned, end + end_turn, end_turn, list(how.stop_tokens))),
-                 config.eos_token_id)
+                   for ids in (banned, end, last, list(how.stop_tokens))), config.eos_token_id)
 
 
 def write(row: Tensor, positions: Tensor, ids: Tensor, roles: Roles) -> None:
-    """Put the ids of a step at their positions of a sequence (T,), in place. The leftmost end of
-    turn among them, if any, turns all to its right into <|endoftext|>."""
+    """Put the ids of a step at their positions of a sequence (T,), in place. The leftmost of
+    roles.last among them, if any, turns all to its right into <|endoftext|>."""
     row[positions] = ids
-    if len(roles.end_turn) and len(ids):
-        T = len(row)
-        turn_end = positions.where(torch.isin(ids, roles.end_turn), T).min()  # T: there is none
-        row.masked_fill_(torch.arange(T, device=row.device) > turn_end, roles.eos)
+    if len(roles.last) and len(ids):
+        last = positions.where(torch.isin(ids, roles.last), len(row)).min()  # T: there is none
+        row.masked_fill_(torch.arange(len(row), device=row.device) > last, roles.eos)
 
 
 def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
@@ -218,14 +215,13 @@ def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int
     """Check the prompts and put the masks behind them: tokens (B, L + new) and L."""
     config, device = model.config, model.device
     if not isinstance(prompt_tokens, Tensor):
-        lengths = sorted({len(row) for row in prompt_tokens})
-        if len(lengths) > 1:
-            raise ValueError("prompts in one batch must have equal lengths, "
-                             f"not {lengths[0]} and {lengths[-1]} tokens")
-        prompt_tokens = torch.tensor([list(row) for row in prompt_tokens], dtype=torch.int64)
-    if prompt_tokens.dim() != 2 or len(prompt_tokens) == 0 or prompt_tokens.is_floating_point():
-        raise ValueError("prompt_tokens must be whole numbers of shape (B, L), B >= 1; "
-                         f"got {prompt_tokens.dtype} of shape {tuple(prompt_tokens.shape)}")
+        try:
+            rows = [list(row) for row in prompt_tokens]
+            prompt_tokens = torch.tensor(rows, dtype=None if any(rows) else torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError("prompt_tokens must be a batch of equally long lists of token ids, "
+                             "such as [tokenizer.encode(text)]") from None
+    require_tokens("prompt_tokens", prompt_tokens, config, least=0)
     B, L = prompt_tokens.shape
     room = config.block_size - L
     new = min(1024, room) if max_new_tokens is None else max_new_tokens
@@ -234,8 +230,6 @@ def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int
                          f"{config.block_size}; between 1 and {room} do" if room > 0 else
                          f"a prompt of {L} tokens leaves no room in the context of "
                          f"{config.block_size}")
-    if ((prompt_tokens < 0) | (prompt_tokens >= config.vocab_size)).any():
-        raise ValueError(f"a prompt has a token id outside the vocabulary of {config.vocab_size}")
     if (prompt_tokens == config.mask_token_id).any():
         raise ValueError(f"a prompt has the mask token {config.mask_token_id}; only new positions "
                          "are unmasked")

@@ -242,12 +242,68 @@ def test_a_chat_is_put_into_the_template(run, tiny_folder, tmp_path):
     assert "user\n\nabcd ab\nassistant\n\n" in out
 
 
-def test_chunks_stand_on_lines_of_their_own_up_to_the_end_of_the_text(tiny_folder):
-    tokenizer = Tokenizer.from_file(tiny_folder / "tokenizer.tiktoken")
-    a, b = tokenizer.encode("ab"), tokenizer.encode("cd")
-    eoc, eos = tokenizer.endofchunk_token_id, tokenizer.eos_token_id
-    assert sample.text_of(tokenizer, [*a, eoc, *b, eos, *a], [eos]) == "ab\ncd"
-    assert sample.text_of(tokenizer, [*a, eos], []) == "ab"
+def test_a_text_stops_where_it_ends(run):
+    out = run("--prompt", "The old sailor", "--seed", 5, model=None, new=None)
+    text, = parts(out.out)[1]
+    assert text.startswith("The old sailor ") and re.search(r"[.?!]\"?$", text)
+    assert text.count(" lived near the ") == 1, "one story, and not the beginning of another"
+    assert int(parts(out.out)[2][1]) < 250 and "unwritten" not in out.out
+
+
+def test_in_global_order_a_text_is_whole_although_its_end_comes_first(run):
+    text, = parts(run("--seed", 1, "--order", "global", model=None, new=60).out)[1]
+    assert len(text) > 40 and "ended early" not in text
+
+
+# ---- defaults ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(run, tiny_folder, tmp_path, monkeypatch):
+    """asked({"top_p": 0.5}, "--seed", 1): what `unmask` is asked for when the model's folder has
+    that generation_config.json (None: none), or the refusal's line."""
+    def asked(generation, *args, **options):
+        folder, seen = Path(shutil.copytree(tiny_folder, tmp_path / "copy", dirs_exist_ok=True)), {}
+        if generation is not None:
+            text = generation if isinstance(generation, str) else json.dumps(generation)
+            (folder / "generation_config.json").write_text(text)
+        monkeypatch.setattr(sample, "unmask", lambda model, prompts, new, **options: (
+            seen.update(options, new=new), unmask(model, prompts, new, **options))[1])
+        result = run(*args, model=folder, **options)
+        return refusal(result) if result.code else seen
+    unmask = sample.unmask
+    return asked
+
+
+def test_the_model_says_how_it_likes_to_write_and_flags_decide(asked):
+    plain = asked(None, new=None)
+    assert (plain["repetition_penalty"], plain["top_p"], plain["allow_eos"], plain["align"],
+            plain["entropy_sampling"], plain["new"]) == (1.1, 0.8, False, True, True, 128)
+    own = {"repetition_penalty": 1.0, "top_p": 0.5, "allow_eos": True, "align": False,
+           "temperature": 0.7, "max_new_tokens": 9}
+    told = asked({**own, "transformers_version": "5.0", "eos_token_id": [1], "do_sample": True},
+                 new=None)
+    assert (told["entropy_sampling"], told["new"]) == (False, 9)
+    assert all(told[name] == own[name] for name in own if name in told)
+    flags = asked(own, "--repetition-penalty", 1.2, "--top-p", 0.9, "--no-allow-eos", "--align",
+                  "--temperature", 0, new=5)
+    assert (flags["repetition_penalty"], flags["top_p"], flags["allow_eos"], flags["align"],
+            flags["temperature"], flags["new"]) == (1.2, 0.9, False, True, 0, 5)
+    assert asked({"max_new_tokens": 9999}, new=None)["new"] == 256 - 7, "what there is room for"
+
+
+@pytest.mark.parametrize("generation, message", [
+    ({"top_p": 2}, "top_p = 2 is not supported"), ({"top_p": "much"}, "top_p = 'much' is not"),
+    ({"repetition_penalty": 0}, "repetition_penalty = 0 is not"),
+    ({"allow_eos": "false"}, "allow_eos = 'false' is not"), ({"align": 1}, "align = 1 is not"),
+    ({"max_new_tokens": 0}, "max_new_tokens = 0 is not"),
+    ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5 is not"),
+    ({"temperature": [1]}, "temperature = [1] is not"), ("[1]", "is not a JSON object"),
+    ('{"top_p": 0.1, "top_p": 0.2}', "top_p is listed twice"), ("{", "is not JSON"),
+], ids=str)
+def test_a_wrong_default_names_its_file(asked, generation, message):
+    line = asked(generation)
+    assert message in line and "generation_config.json" in line
 
 
 def a_step(tokens, unwritten=0, ids=()):
@@ -261,13 +317,6 @@ def test_a_text_that_ended_early_says_how_much_was_left_unwritten(run, tiny_fold
     out = run("--seed", 0).out
     assert "\nabc\n---\nended early: 3 of 8 positions were left unwritten\n3 tokens in 2" in out, (
         "what an end of turn filled in was not written")
-
-
-def test_in_global_order_the_text_ends_at_the_first_mask(run, monkeypatch):
-    """An end may come before all to its left is filled: the text is the unbroken run."""
-    tokens = torch.tensor([[97, 98, Config.tiny(512).mask_token_id, 99]])
-    monkeypatch.setattr(sample, "unmask", lambda *args, **kwargs: iter([a_step(tokens, 1)]))
-    assert "\nab\n---" in run("--seed", 0, "--order", "global").out
 
 
 # ---- searching the concepts ----------------------------------------------------------------------

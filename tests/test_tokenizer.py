@@ -115,13 +115,22 @@ def test_a_chat_follows_the_template_and_ends_where_the_answer_begins(tiny):
         tiny.encode_chat([("user", "Hi")])
 
 
-def test_special_tokens_are_left_out_unless_asked_for(tiny):
+def test_chunks_stand_on_lines_of_their_own_and_texts_apart(tiny):
     a, b = tiny.encode("ab"), tiny.encode("cd")
-    ids = [tiny.bos_token_id, *a, tiny.endofchunk_token_id, *b, tiny.mask_token_id,
-           tiny.pad_token_id, tiny.eos_token_id]
+    eoc, bos, eos = tiny.endofchunk_token_id, tiny.bos_token_id, tiny.eos_token_id
+    assert tiny.decode([bos, *a, eoc, *b, eos, eos]) == "ab\ncd", "nothing before, nothing behind"
+    for between in ([eos, bos], [eos], [bos], [eoc, eos, eos, bos]):
+        assert tiny.decode([*a, *between, *b]) == "ab\n\ncd", "an end that is missing is one, too"
+    assert tiny.decode([eoc, *tiny.encode("\n "), eoc]) == "\n ", "its own blanks stay"
+
+
+def test_other_special_tokens_are_left_out_unless_asked_for(tiny):
+    a, b = tiny.encode("ab"), tiny.encode("cd")
+    ids = [tiny.bos_token_id, *a, tiny.mask_token_id, *b, tiny.pad_token_id, tiny.eos_token_id]
     assert tiny.decode(ids) == "abcd"
-    assert tiny.decode(ids, specials=True) == (
-        "<|bos|>ab<|endofchunk|>cd<|mask|><|pad|><|endoftext|>")
+    assert tiny.decode(ids, specials=True) == "<|bos|>ab<|mask|>cd<|pad|><|endoftext|>"
+    both = tiny.encode("\u00e9")
+    assert tiny.decode([both[0], tiny.mask_token_id, both[1]]) == "\u00e9"
 
 
 @pytest.mark.parametrize("wrong", [-1, 512, 10**9])

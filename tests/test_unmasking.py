@@ -10,6 +10,7 @@ import torch
 from conftest import CONFIG, GOLDEN, MODES, PROMPT, close
 
 from steerling_min import Config, Steerling, generate, unmask, unmasking
+from steerling_min.diffusion import likelihood_bound
 from steerling_min.iguide import KnownHead, UnknownHead
 from steerling_min.sampling import Options, penalize_repetition
 from steerling_min.steering import Injection, Steerer, Steering
@@ -260,11 +261,30 @@ def test_a_rows_end_does_not_end_the_others(model, monkeypatch):
 
 
 def test_eos_is_banned_in_windows_unless_allowed(model):
-    eos, mask = model.config.eos_token_id, model.config.mask_token_id
+    eos = model.config.eos_token_id
     wishes = {4: (eos, 12.0), 5: (40, 14.0)}
     assert (scripted_run(model, wishes, 6)[-1].tokens != eos).all()
     ended = scripted_run(model, wishes, 6, allow_eos=True)
-    assert ended[-1].tokens.tolist() == [[1, 2, mask, mask, eos, eos, eos, eos]]
+    assert (ended[-1].tokens == eos).any()
+
+
+@pytest.mark.parametrize("order", ["window", "global"])
+def test_a_text_that_ends_is_whole_up_to_its_end(model, order):
+    """The end comes first, or after what it makes void; then its left is written, and it alone."""
+    eos = model.config.eos_token_id
+    wishes = {12: (43, 20.0), 4: (eos, 12.0), 5: (40, 14.0), 2: (41, 9.0), 3: (42, 8.0)}
+    steps = scripted_run(model, wishes, 20, order=order, allow_eos=True)
+    assert steps[-1].tokens[0].tolist() == [1, 2, 41, 42] + [eos] * 18
+    assert steps[-1].unwritten.tolist() == [0]
+    assert len(steps) == (4 if order == "window" else 5), "no step is spent on what is void"
+
+
+def test_an_earlier_end_takes_the_place_of_a_later_one(model):
+    eos = model.config.eos_token_id
+    wishes = {6: (eos, 14.0), 4: (eos, 12.0), 3: (42, 9.0), 2: (41, 8.0)}
+    steps = scripted_run(model, wishes, 6, {p: (41, 9.0) for p in range(2, 8)}, allow_eos=True)
+    assert steps[-1].tokens.tolist() == [[1, 2, 41, 42] + [eos] * 4, [1, 2] + [41] * 6], (
+        "and the other row of the batch is none the shorter for it")
 
 
 def test_in_global_order_eos_ends_after_its_step_and_fills_nothing(model):
@@ -300,7 +320,22 @@ def test_stop_tokens_are_looked_for_in_new_text_after_a_window(model):
     ({"order": "random"}, "order = 'random'"),
     ({"order": "global", "align": True}, "align"),
     ({"stop_tokens": [300]}, "stop_tokens"),
+    ({"stop_tokens": [1.5]}, "stop_tokens"),
+    ({"stop_tokens": iter([1])}, "stop_tokens"),
+    ({"stop_tokens": "ab"}, "stop_tokens"),
+    ({"stop_tokens": 7}, "stop_tokens"),
     ({"seed": -1}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"temperature": None}, "temperature = None is not supported; supported: int | float"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": "0.8"}, "top_p"),
+    ({"cfg_scale": math.inf}, "cfg_scale"),
+    ({"repetition_penalty": math.inf}, "repetition_penalty"),
+    ({"align": "no"}, "align = 'no' is not supported; supported: bool"),
+    ({"max_new_tokens": "8"}, "8 new tokens"),
+    ({"steering": "sea"}, "steering = 'sea'"),
+    ({"steering": Steering.amplify("sea")}, "known concept 's' does not exist"),
+    ({"steering": Steering.amplify(3, "8")}, "strength = '8'"),
 ])
 def test_an_option_that_cannot_be_honoured_is_named(model, options, message):
     with pytest.raises(ValueError, match=message):
@@ -308,18 +343,42 @@ def test_an_option_that_cannot_be_honoured_is_named(model, options, message):
 
 
 @pytest.mark.parametrize("prompt, message", [
-    ([[1, 2], [1]], "equal lengths, not 1 and 2"),
+    ([[1, 2], [1]], "batch of equally long lists of token ids"),
+    ([1, 2], "batch of equally long lists of token ids"),
+    ("The", "batch of equally long lists"), (["The"], "batch of equally long"), (7, "batch of"),
+    (None, "batch of"), ([[1, None]], "batch of"), ([[1, 2**70]], "batch of"),
+    ([[1.7]], "prompt_tokens must be whole numbers"),
     ([[1, 300]], "outside the vocabulary of 300"),
     ([[1, -1]], "outside the vocabulary"),
     ([[1, 299]], "mask token 299"),
     ([[1] * 128], "a prompt of 128 tokens leaves no room"),
     ([], "B >= 1"),
-    (torch.tensor([1, 2]), r"shape \(B, L\)"),
+    (torch.tensor([1, 2]), r"shape \(B, T\)"),
     (torch.tensor([[1.0]]), "whole numbers"),
 ])
 def test_a_prompt_that_cannot_be_continued_is_named(model, prompt, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompt, 8)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda model, tokens: model(tokens), lambda model, tokens: model.embed(tokens),
+    lambda model, tokens: likelihood_bound(model, tokens)], ids=["forward", "embed", "bound"])
+@pytest.mark.parametrize("tokens", [[[1, 300]], [[-1]], [[]], [1, 2], [[1.5]]], ids=str)
+def test_what_are_no_token_ids_is_named(model, ask, tokens):
+    with pytest.raises(ValueError, match="tokens"):
+        ask(model, torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_a_broken_model_is_named_and_writes_nothing(value):
+    """As a run leaves it that has diverged: greedy, it would write whatever has the lowest id."""
+    torch.manual_seed(0)
+    model = Steerling(CONFIG).eval()
+    model.transformer.ln_f.weight.data[:] = value
+    model.transformer.tok_emb.weight.data *= 1e3
+    with pytest.raises(ValueError, match="logits are not finite numbers .* weights are broken"):
+        generate(model, [[1, 2]], 4, entropy_sampling=False, temperature=0.0)
 
 
 def test_an_empty_prompt_writes_from_nothing(model):

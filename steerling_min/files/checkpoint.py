@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import Steerling
-from .config_json import config_to_dict, read_config
+from .config_json import config_to_dict, read_config, read_json, unique_keys
 from .quantize import quantize, quantize_rows
 from .writing import replacing
 
@@ -32,25 +32,13 @@ def require_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object as a dict; ValueError when a key stands in it twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice} is listed twice")
-    return found
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a checkpoint: the index's, or model.safetensors."""
     if not (folder / INDEX).is_file():
         return [require_file(folder, "model.safetensors")]
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"),
-                           object_pairs_hook=unique_keys)
-        names = sorted(set(index["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} is not a weight index: {error}") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
@@ -149,6 +137,9 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
         with safe_open(file, framework="pt", device=place) as f:
             for name in f.keys():
                 tensor = f.get_tensor(name).to(dtype)
+                if not torch.stack(tensor.aminmax()).isfinite().all():
+                    raise ValueError(f"{name} in {file} has values that are no finite numbers in "
+                                     f"{dtype}: the file is damaged, or its training diverged")
                 if int8 and tensor.dim() == 2:
                     stem = name.removesuffix("weight")
                     state[stem + "int8"], state[stem + "scale"] = quantize_rows(tensor)

@@ -1,7 +1,7 @@
-"""config.json: the model's numbers as a checkpoint stores them.
+"""config.json, the model's numbers, and generation_config.json, how the model likes to write.
 
-Two layouts are in circulation, and both are read: the hub's, one flat object, and the converter's,
-with the concept fields nested under "concept". Only the hub's is written.
+Two layouts of config.json are in circulation, and both are read: the hub's, one flat object, and
+the converter's, with the concept fields nested under "concept". Only the hub's is written.
 """
 
 import dataclasses
@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 from ..config import Config, require
+from ..sampling import Options
+from .writing import replacing
 
 # Architecture switches that the official code offers and this one fixes. A file that asks for
 # anything else is refused, because the weights would load and the text would be silently wrong.
@@ -34,6 +36,30 @@ FIXED = {
 REQUIRED = ("n_layers", "n_head", "n_embd", "block_size", "diff_block_size", "norm_eps",
             "rope_base", "clip_qkv", "n_concepts", "topk_known", "n_unknown_concepts",
             "unknown_topk", "vocab_size")
+GENERATION = "generation_config.json"  # beside the weights; a model need not have one
+WRITING = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "allow_eos", "align")
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file. Raises ValueError, naming the file, for anything else, and for a
+    key that stands in an object twice: readers differ in which of the two they believe."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return data
+
+
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object as a dict; ValueError when a key stands in it twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice} is listed twice")
+    return found
 
 
 def config_from_dict(data: dict) -> Config:
@@ -69,13 +95,33 @@ def config_to_dict(config: Config) -> dict:
 
 def read_config(file: Path) -> Config:
     """Read a config.json. Raises ValueError; every error names the file."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("concept", {}), dict):
-        raise ValueError(f"{file} does not hold a config object")
+    data = read_json(file)
+    if not isinstance(data.get("concept", {}), dict):
+        raise ValueError(f"{file}: concept is not an object")
     try:
         return config_from_dict(data)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def read_generation(folder: Path, config: Config) -> dict:
+    """The options in WRITING that a model's folder asks for. Other keys of the hub's
+    generation_config.json, and null, are ignored. Raises ValueError, naming file, key and value.
+    """
+    file = folder / GENERATION
+    data = read_json(file) if file.is_file() else {}
+    found = {name: data[name] for name in WRITING if data.get(name) is not None}
+    options = {name: value for name, value in found.items() if name != "max_new_tokens"}
+    n = found.get("max_new_tokens", 1)
+    try:
+        require(type(n) is int and n >= 1, "max_new_tokens", n, "a whole number, 1 or more")
+        Options(**options).check(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return found
+
+
+def write_generation(folder: Path, **options) -> None:
+    """Write a generation_config.json with these of the options in WRITING."""
+    with replacing(folder / GENERATION) as partial:
+        partial.write_text(json.dumps(options, indent=2) + "\n")

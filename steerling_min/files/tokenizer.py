@@ -133,14 +133,27 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
-        """The text of token ids; special tokens are left out unless `specials` asks for them.
+        """The text of token ids. Chunks stand on lines of their own, and a blank line between
+        whole texts; no other special token shows, unless `specials` asks for all as they are.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
-        return self.encoding.decode([i for i in ids if specials or i not in self.special_ids])
+        if specials:
+            return self.encoding.decode(ids)
+        text, gap = [], set()  # gap: the special tokens since the last of the text
+        for i in ids:
+            if i in self.special_ids:
+                gap.add(i)
+                continue
+            if text and gap:
+                ends = gap & {self.eos_token_id, self.bos_token_id}
+                text.append(b"\n\n" if ends else b"\n" if self.endofchunk_token_id in gap else b"")
+            text.append(self.encoding.decode_single_token_bytes(i))
+            gap.clear()
+        return b"".join(text).decode(errors="replace")
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each token adds to the text: joined, they are `decode(ids, specials=True)`.

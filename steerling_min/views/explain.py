@@ -109,7 +109,8 @@ def print_explanation(explained: dict, top: int = 3) -> None:
             items.pop()
         return start + ", ".join(items)
 
-    named = {"<|endofchunk|>": "chunk's end", "": "..."}  # "": the character is not whole yet
+    named = {"<|endofchunk|>": "chunk's end", "<|endoftext|>": "text's end",
+             "": "..."}  # the character is not whole yet
     shown = [named.get(x["text"], repr(x["text"])[:20]) for x in explained["tokens"]]
     width = max(map(len, shown), default=0)
     print("logit = known concepts + discovered ones + epsilon; then those that did most, in logits")
