@@ -93,7 +93,8 @@ def test_only_chunks_that_are_ok_are_read(tmp_path):
     rows += [{**row(900 + i, 0), "chunk_text": text} for i, text in enumerate(("", None))]
     corpus = make(tmp_path, rows)
     bad = {x["chunk_text"] for x in rows if x["chunk_status"] != "ok"}
-    texts = corpus.tokenizer.decode([*corpus.training.tokens.tolist(), *corpus.rest.tokens.tolist()])
+    tokens = [*corpus.training.tokens.tolist(), *corpus.rest.tokens.tolist()]
+    texts = corpus.tokenizer.decode(tokens)
     assert len(texts) > 1000 and not any(text in texts for text in bad)
 
 

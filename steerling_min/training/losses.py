@@ -133,7 +133,7 @@ def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor) -> Tensor:
 
 def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
             force_known: float, force_unknown: float = 0.0) -> Tensor:
-    """The composed state (B, T, D) that the token loss of a training step is computed through.
+    """The composed state that the token loss of a training step is computed through.
 
     Where epsilon is kept it is hidden, exactly, whatever the heads say. Where it is dropped:
 
@@ -145,12 +145,14 @@ def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dr
     unknown side is the predicted one. Nothing is detached.
 
     Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
-    embeddings, summed), all (B, T, D); dropped (B,) bool, the windows without epsilon; force_known
-    and force_unknown, 0 to 1 (`known_forcing`, `unknown_forcing`).
+    embeddings, summed), (M, D) at M positions; dropped (M,) bool, those in windows without epsilon;
+    force_known and force_unknown, 0 to 1 (`known_forcing`, `unknown_forcing`). Whole windows do as
+    well: four times (B, T, D), and dropped (B,).
     """
     forced_known = torch.lerp(known, labelled, force_known)
     forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)
-    return torch.where(dropped[:, None, None], forced_known + forced_unknown, hidden)
+    dropped = dropped.view(-1, *[1] * (hidden.dim() - 1))
+    return torch.where(dropped, forced_known + forced_unknown, hidden)
 
 
 def known_forcing(progress: float) -> float:

@@ -89,28 +89,29 @@ class Objective(nn.Module):
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
         logits = model.known_head.logits(hidden)  # (B, T, C)
-        top, ids = logits.topk(model.known_head.topk, dim=-1)  # (B, T, k)
-        known = model.known_head.features(ids, top.sigmoid()).float()  # (B, T, D)
+        # Only masked positions become tokens, so features are computed at these alone: M of them.
+        at_masks, without_epsilon = hidden[masked], dropped[:, None].expand_as(masked)[masked]
+        top, ids = logits[masked].topk(model.known_head.topk, dim=-1)  # (M, k)
+        known = model.known_head.features(ids, top.sigmoid()).float()  # (M, D)
         # The same numbers twice: losses through the first reach the unknown head alone; the token
         # loss, where epsilon is dropped, goes through the second to the backbone as well.
-        detached = unknown_features(model.unknown_head, hidden.detach())  # (B, T, D)
-        unknown = detached.index_put((dropped,),
-                                     unknown_features(model.unknown_head, hidden[dropped]))
-        labelled = labelled_features(batch, embedding).float()  # (B, T, D)
+        detached = unknown_features(model.unknown_head, at_masks.detach())  # (M, D)
+        unknown = detached.index_put((without_epsilon,), unknown_features(
+            model.unknown_head, at_masks[without_epsilon]))
+        labelled = labelled_features(batch, embedding)[masked].float()  # (M, D)
         has_labels = batch.labels.shape[1] > 0  # not where the texts have none at all
 
         forcing = known_forcing(progress) if has_labels and "forcing" not in without else 0.0
-        composed = compose(hidden, known, unknown, labelled, dropped, forcing,
+        composed = compose(at_masks, known, unknown, labelled, without_epsilon, forcing,
                            unknown_forcing(progress) if "prediction" in without else 0.0)
-        forced = torch.lerp(known, labelled, forcing)  # (B, T, D), what is on the known side
-        token_logits = model.transformer.lm_head(composed[masked])  # (M, V), M masked positions
+        forced = torch.lerp(known, labelled, forcing)  # (M, D), what is on the known side
+        token_logits = model.transformer.lm_head(composed)  # (M, V)
         weighting = "1/t" if "mean" in without else "none"
         losses = {"token": joined(token_loss(token_logits, batch.tokens, masked, t, weighting),
                                   len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction": RECONSTRUCTION * reconstruction_loss(
-                      detached[masked], hidden[masked], forced[masked]),
-                  "independence": INDEPENDENCE * independence_loss(
-                      known[masked], detached[masked])}
+                      detached, at_masks, forced),
+                  "independence": INDEPENDENCE * independence_loss(known, detached)}
         if has_labels:
             labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
             losses["presence"] = presence_loss(logits, batch.chunks, labels)
@@ -126,10 +127,10 @@ class Objective(nn.Module):
 
 
 def unknown_features(head: UnknownHead, hidden: Tensor) -> Tensor:
-    """The unknown features (B, T, D) of hidden (B, T, D): of the head's top-k' concepts, as when
-    text is written."""
-    logits, ids = top_concepts(head, hidden)
-    return head.features(ids, logits.sigmoid()).float()
+    """The unknown features (M, D) of hidden (M, D): of the head's top-k' concepts, as when text is
+    written."""
+    logits, ids = top_concepts(head, hidden[None])
+    return head.features(ids, logits.sigmoid())[0].float()
 
 
 def labelled_features(batch: Batch, embedding: Tensor) -> Tensor:
