@@ -4,6 +4,7 @@
     python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt                      # on your own text
+    python train_tiny.py --resume                           # go on after Ctrl-C, or for longer
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
@@ -21,7 +22,6 @@ import gc
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -34,19 +34,18 @@ from torch.nn import functional as F
 
 from steerling_min import Config, Steerling
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
+from steerling_min.files.checkpoint import free_memory
 from steerling_min.files.cli import Parser, one_line_errors
-from steerling_min.files.config_json import config_to_dict
-from steerling_min.files.labels import Labels, write_labels
 from steerling_min.files.loading import pick_device
-from steerling_min.files.tokenizer import RANK_FILE
 from steerling_min.files.writing import replacing
+from steerling_min.iguide import rows
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
 from steerling_min.training.distributed import RANK, WORLD, agreed
 from steerling_min.training.evaluate import evaluate, held_out_loss, print_table
 from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
-from steerling_min.training.resume import STATE, load_state, save_state
+from steerling_min.training.run import Run, parse_options
 
 STEPS = 7_000        # of the bundled model
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
@@ -55,6 +54,7 @@ CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
+PRINT_EVERY = 20     # seconds, where there is no terminal
 SAVE_EVERY = 60      # seconds
 
 SIZES = {  # what differs from Config.tiny()
@@ -113,13 +113,30 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
 
 
 @torch.no_grad()
-def start_concepts(model: Steerling, lift: Tensor) -> None:
-    """Let every known concept's embedding begin in the direction of the tokens that it lifts, of
-    length CONCEPT_NORM. lift (C, V); a concept that lifts nothing is left as it is."""
+def add_concepts(model: Steerling, C: int) -> None:
+    """Let a model know C concepts, if these are more than it knows: each new one begins as the mean
+    of the others, until `start_concepts`."""
+    known, n = model.known_head, model.known_head.n_concepts
+    if C > n:
+        model.config = dataclasses.replace(model.config, n_concepts=C)
+        for module in (known.concept_predictor, known.concept_embedding):
+            old = module.weight[:n]  # (n, D); the rows after it were padding
+            new = old.mean(0).expand(rows(C, model.config.pad_multiple) - n, -1)
+            module.weight = nn.Parameter(torch.cat([old, new]))
+        known.n_concepts = C
+
+
+@torch.no_grad()
+def start_concepts(model: Steerling, lift: Tensor, n: int = 0) -> None:
+    """Let the embedding of every concept after the first n begin in the direction of the tokens
+    that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (C, V); a
+    concept that lifts nothing is left as it is."""
     directions = lift @ model.transformer.tok_emb.weight  # (C, D)
+    directions[:n] = 0
     given = directions.any(1)
     embedding = model.known_head.concept_embedding.weight[: len(lift)]
-    embedding[given] = CONCEPT_NORM * F.normalize(directions[given], dim=-1)
+    length = embedding[:n].norm(dim=-1).mean() if n else CONCEPT_NORM
+    embedding[given] = length * F.normalize(directions[given], dim=-1)
 
 
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
@@ -128,7 +145,11 @@ def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     # `train` sets the learning rate; fused: one pass over each parameter
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for p in model.parameters():  # before the first step, so that it can be saved from the start
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
@@ -153,7 +174,8 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
-    steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
+    labelled = stream.labels.shape[1] > 0
+    steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
     # as when text is written, only where masks stand
@@ -161,62 +183,72 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
-def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
-    """Train until `args.steps` steps or `args.minutes` minutes are over; returns the loss curve.
+def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) -> list[dict]:
+    """Train until `args.steps` steps or `args.minutes` minutes are over, or the run is asked to
+    stop; returns the loss curve.
 
-    Every schedule but the warm-up follows `progress`, from 0 to 1.
+    Every schedule but the warm-up follows the progress, from 0 to 1.
     """
-    config, device = model.config, model.device
-    must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
-    settings = {"config": config_to_dict(config), "text": [str(file) for file in args.text or []],
-                **{name: getattr(args, name) for name in must_match}}
+    config, device, dtype = model.config, model.device, getattr(torch, args.dtype)
+    steps, minutes = args.steps or math.inf, args.minutes or math.inf
     optimizer = make_optimizer(model)
-    step, elapsed, history = 0, 0.0, []
+    counted, _ = corpus.windows("counted", 200, config.block_size)
+    counts = count_tokens(counted, config.n_concepts, config.vocab_size)
+    lift = lift_weights(counts).to(device)
+    if RANK == 0 and not counted.labels.shape[1]:
+        run.say("no labels: the presence loss, teacher forcing and steering losses are off")
     if args.resume:
-        step, elapsed, history = load_state(args.out, model, optimizer, settings)
+        run.load(model, optimizer)
+    else:
+        start_concepts(model, lift, run.n_known)
+        run.save(model, optimizer)  # what cannot be saved is found now
     if args.compile:
         model.transformer.compile()
-    counted, _ = corpus.windows("counted", 200, config.block_size)
-    lift = lift_weights(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
-    if step == 0:
-        start_concepts(model, lift)
     objective = Objective(model, args.without, lift)
+    if args.init:  # of the model's concepts that are in no chunk the labels say nothing
+        objective.labelled = counts[:-1].any(1).nonzero()[:, 0].to(device)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
-    held_out, first, recent = corpus.held_out(8, config.block_size), step, {}
-    started = saved = printed = time.monotonic()
-    before = elapsed
+    held_out, recent = corpus.held_out(8, config.block_size), {}
+    first, before = run.step, run.seconds
+    started = saved = time.monotonic()
+    printed = -math.inf  # the first step shows at once that it works
 
-    while (progress := max(step / args.steps, agreed(elapsed, device) / (60 * args.minutes))) < 1:
-        draws = draw_step(corpus, config, step, progress, args).to(device)
-        losses = take_step(objective, optimizer, draws, progress,
-                           learning_rate(step, progress, args.lr), args.dtype)
+    def done():
+        return max(run.step / steps, run.seconds / 60 / minutes)
 
-        step, now = step + 1, time.monotonic()
-        elapsed = before + now - started
-        for name, loss in losses.items():
-            recent.setdefault(name, []).append(loss.detach())
-        if RANK > 0:
-            continue  # the first process prints and saves
-        speed = (step - first) * args.batch * config.block_size / (now - started)
-        when = f"{speed:,.0f} tokens/s, {elapsed / 60 * (1 / max(progress, 1e-9) - 1):.1f} min left"
-        if step % LOG_EVERY == 0:
-            means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
-            means["held out"], recent = held_out_loss(model, held_out), {}
-            if not math.isfinite(sum(means.values())):
-                raise ValueError(f"at step {step} the loss is not a number any more: try a smaller "
-                                 f"--lr than {args.lr}; what was saved before is intact")
-            history.append({"step": step, **means})
-            print_line(step, means, when, "\n")
-            if now - saved > SAVE_EVERY:
-                save_state(args.out, model, optimizer, settings, step, elapsed, history)
-                saved = now
-        elif sys.stdout.isatty() and now - printed > 1:
-            print_line(step, losses, when, "\r")
+    with run.stopping_between_steps():
+        while (progress := agreed(run.stopped() or done(), device)) < 1:
+            draws = draw_step(corpus, config, run.step, progress, args).to(device)
+            losses = take_step(objective, optimizer, draws, progress,
+                               learning_rate(run.step, progress, args.lr), dtype)
+
+            now = time.monotonic()
+            run.step, run.seconds = run.step + 1, before + now - started
+            for name, loss in losses.items():
+                recent.setdefault(name, []).append(loss.detach())
+            logged = run.step % LOG_EVERY == 0
+            if RANK > 0 or not logged and now - printed < (1 if run.terminal else PRINT_EVERY):
+                continue  # the first process prints and saves
+            if logged:
+                losses = {name: torch.stack(x).mean().item() for name, x in recent.items()}
+                losses["held out"], recent = held_out_loss(model, held_out), {}
+                if not math.isfinite(sum(losses.values())):
+                    raise ValueError(
+                        f"at step {run.step} the loss is not a number any more: try a smaller --lr "
+                        f"than {args.lr}; what was saved before is intact")
+                run.history.append({"step": run.step, **losses})
+            speed = (run.step - first) * args.batch * config.block_size / (now - started)
+            left = run.seconds / 60 * (1 / done() - 1)
+            run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
+                f"{name} {loss:.3f}" for name, loss in losses.items()), passing=not logged)
             printed = now
-    if RANK == 0:
-        save_state(args.out, model, optimizer, settings, step, elapsed, history)
-    return history
+            if logged and now - saved > SAVE_EVERY:
+                run.save(model, optimizer)
+                saved = now
+        if RANK == 0:
+            run.save(model, optimizer)
+    return run.history
 
 
 def parse_args() -> Namespace:
@@ -228,30 +260,39 @@ def parse_args() -> Namespace:
     p.add_argument("--lr", type=float, default=6e-3,
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
-    p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
+    p.add_argument("--size", choices=SIZES, help="of the model (default: tiny)")
+    p.add_argument("--init", metavar="MODEL", help="go on from this checkpoint, with its tokenizer "
+                   "and its concepts; those of the text that it does not know are added")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out, by its own options; more --steps or "
+                        "--minutes (in all) make it longer: its schedules go on as if it had been "
+                        "planned like that")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
                    help="train nothing; measure these models (default: the bundled one)")
-    args = p.parse_args()
+    args = parse_options(p)
+    if not 0 <= RANK < WORLD:
+        p.error("RANK and WORLD_SIZE in the environment, which torchrun sets, are no number and a "
+                "larger one")
     for name, ok, supported in (
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
+            ("out", args.out != Path(), "a folder of the run's own"),
+            ("size", not (args.size and args.init), "--init brings its own"),
             ("batch", args.batch >= 1 and args.batch % WORLD == 0,
              f"a positive multiple of the {WORLD} processes")):
         if not ok:
             p.error(f"--{name} {getattr(args, name)}: {supported}")
-    args.steps = args.steps or (STEPS if args.minutes is None else math.inf)
-    args.minutes = args.minutes or math.inf
-    args.dtype = getattr(torch, args.dtype)
+    args.steps = args.steps or (STEPS if args.minutes is None else None)
+    args.size = args.size or (None if args.init else "tiny")
     return args
 
 
@@ -263,58 +304,60 @@ def main() -> None:
             folders = {name: name for name in args.evaluate} or {"bundled": None}
             print_table({name: evaluate(folder, args.device) for name, folder in folders.items()})
         else:
-            run(args)
+            with Run(args) as this:
+                run(args, this)
 
 
-def run(args: Namespace) -> None:
-    """Set up, train, save."""
+def run(args: Namespace, this: Run) -> None:
+    """Set up, train, and show how it went."""
     device = pick_device(args.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if args.text:
-        T = SIZES[args.size].get("block_size", Config.tiny().block_size)
-        corpus = Texts(args.text, args.seed, T)
+    if args.resume or args.init:
+        model, tokenizer, labels = this.start_from(args.init, device)
     else:
-        corpus = Stories(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / STATE).exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out "
-                         "starts a new one")
-    model = make_model(args.size, corpus, args.seed).to(device)
+        model, tokenizer, labels = None, None, []
+    if args.text:
+        config = model.config if model else dataclasses.replace(Config.tiny(), **SIZES[args.size])
+        corpus = Texts(args.text, args.seed, config.block_size, tokenizer=tokenizer, labels=labels)
+    else:
+        corpus = Stories(args.seed, tokenizer, labels)
+    if model is None:
+        model = make_model(args.size, corpus, args.seed).to(device)
+    add_concepts(model, len(corpus.labels))
+    require_room(args.batch // WORLD, model.config, device)
+    this.begin(model.config, corpus)
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
-        print(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
-              f"{model.config.block_size} tokens a step; {len(corpus.labels)} known concepts")
-        if not corpus.labels:
-            print("no labels: the presence loss, teacher forcing and steering losses are off")
-    history = train(model, corpus, args)
+        this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
+                 f"{model.config.block_size} tokens a step; {len(corpus.labels)} known concepts")
+    history = train(model, corpus, args, this)
     if RANK == 0:
-        model.save_pretrained(args.out)
-        corpus.tokenizer.save(args.out / RANK_FILE)
-        write_labels(Labels(corpus.labels, model.config.n_concepts,
-                            model.config.n_unknown_concepts), args.out)
         if history:
-            print(text_curve(history))
+            this.say(text_curve(history))
             try:
                 with replacing(args.out / "loss.png") as partial:
                     save_png(history, partial)
             except ImportError:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
-        print(f"saved to {args.out}")
+        more = "" if this.stopped() else ", with more --steps or --minutes"
+        print(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}", flush=True)
     if WORLD > 1:  # DistributedDataParallel lives on in reference cycles, and keeps threads running
         gc.collect()  # that abort a process which ends before them
         dist.destroy_process_group()
+    if this.stopped():
+        sys.exit(128 + this.stopped())
 
 
-def print_line(step: int, losses: dict, when: str, end: str) -> None:
-    """Step, losses, speed and time left; with end "\\r" the next line is printed over it."""
-    line = f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    line = f"{line}; {when}"
-    if end == "\r":  # a line that wraps could not be overwritten
-        line = line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-    print(line, end=end, flush=True)
+def require_room(B: int, config: Config, device: torch.device) -> None:
+    """Raise ValueError where a step's B windows cannot fit on the device: each layer keeps at least
+    ten numbers as wide as its state, in float32, until the backward pass."""
+    need, free = 40 * B * config.block_size * config.n_layers * config.n_embd, free_memory(device)
+    if need > free:
+        raise ValueError(f"--batch {B * WORLD}: a step takes over {need / 1e9:.0f} GB; "
+                         f"{free / 1e9:.0f} GB are free on {device}")
 
 
 if __name__ == "__main__":

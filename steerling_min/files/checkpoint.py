@@ -5,6 +5,7 @@ can be wrong is looked for in the files' headers, before the first weight is rea
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import Steerling
-from .config_json import config_to_dict, read_config
+from .config_json import read_config, write_config
 from .quantize import quantize, quantize_rows
 from .writing import replacing
 
@@ -103,18 +104,21 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; infinitely many where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else math.inf  # not every kernel says
+    return math.inf
+
+
 def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, int8: bool) -> None:
     """Raise ValueError, with the gigabytes missing, when the weights cannot fit on the device."""
     need = sum(parameter.numel() * (1 if int8 and parameter.dim() == 2 else dtype.itemsize)
                for parameter in model.parameters())
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and Path("/proc/meminfo").is_file():
-        meminfo = Path("/proc/meminfo").read_text()
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
-        free = int(found[1]) * 1024 if found else need  # not every kernel says
-    else:
-        return  # the system does not say
+    free = free_memory(device)
     if need > free:
         raise ValueError(
             f"the weights take {need / 1e9:.1f} GB in {'int8' if int8 else dtype} and "
@@ -180,8 +184,7 @@ def save_model(model: Steerling, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
              if name != LM_HEAD}
-    with (replacing(folder / "config.json") as config,
-          replacing(folder / "model.safetensors") as weights):
+    with replacing(folder / "model.safetensors") as weights:
         save_file(state, weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
-        shutil.copymode(config, weights)  # safetensors' files are the owner's alone
+        write_config(model.config, folder)
+        shutil.copymode(folder / "config.json", weights)  # safetensors' are the owner's alone

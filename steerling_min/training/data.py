@@ -9,6 +9,7 @@ concepts, so its labels are a short list of ids, not a yes or no for each concep
 Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most labels that a chunk has.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -103,26 +104,49 @@ def endless_stories(seed: str) -> Iterator[Sequence[Chunk]]:
         yield world.write_story(rng).chunks
 
 
+def fingerprint(stream: Stream, labels: Sequence[Label]) -> str:
+    """Tell what was read by 16 letters: another text, other labels or names give others."""
+    read = hashlib.sha256("\n".join(label.name for label in labels).encode())
+    for tensor in stream:
+        read.update(tensor.numpy().tobytes())
+    return read.hexdigest()[:16]
+
+
+def with_new(labels: Sequence[Label], more: Iterable[Label]) -> list[Label]:
+    """A model's labels, and after them those of `more` that have other names."""
+    names = {label.name for label in labels}
+    new = [label for label in more if label.name not in names]
+    return [*labels, *(label._replace(id=i) for i, label in enumerate(new, start=len(labels)))]
+
+
 class Stories:
     """The tiny world's stories: endless, all labelled, the truth known.
 
     Every draw follows from the seed and the step, so a run can go on from any step.
     """
 
-    labels = world.CONCEPTS
-    # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a mood
-    # or a form is in many words, and takes more practice than a single word.
-    injected = torch.tensor([1.0 if label.id in world.WORDS else 5.0 for label in labels])
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        rng = random.Random(0)  # one vocabulary, whatever the seed
-        texts = [chunk.text for _ in range(1000) for chunk in world.write_story(rng).chunks]
-        self.tokenizer = Tokenizer.train("\n".join(texts), VOCAB_SIZE)
+    def __init__(self, seed: int, tokenizer: Tokenizer | None = None,
+                 labels: Sequence[Label] = ()):
+        """A model that is trained further brings its tokenizer and labels, as in `Texts`."""
+        self.seed, self.tokenizer = seed, tokenizer
+        self.labels = with_new(labels, world.CONCEPTS)
+        ids = {label.name: label.id for label in self.labels}
+        self.ids = [ids[label.name] for label in world.CONCEPTS]  # of the world's concepts
+        # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a
+        # mood or a form is in many words, and takes more practice than a single word.
+        self.injected = torch.ones(len(self.labels))
+        self.injected[[ids[x.name] for x in world.CONCEPTS if x.id not in world.WORDS]] = 5.0
+        if tokenizer is None:
+            rng = random.Random(0)  # one vocabulary, whatever the seed
+            texts = [chunk.text for _ in range(1000) for chunk in world.write_story(rng).chunks]
+            self.tokenizer = Tokenizer.train("\n".join(texts), VOCAB_SIZE)
+        self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
-        return pack(endless_stories(f"{self.seed} {step}"), self.tokenizer, enough=n)
+        stories = ([Chunk(text, tuple(self.ids[c] for c in concepts)) for text, concepts in story]
+                   for story in endless_stories(f"{self.seed} {step}"))
+        return pack(stories, self.tokenizer, enough=n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """What a training step reads: a stream, and where its B windows of T tokens start."""
@@ -141,19 +165,26 @@ class Texts:
     A file is one document.
     """
 
-    def __init__(self, files: Sequence[Path], seed: int, T: int):
-        """Raises ValueError or OSError with one line that names the file (and line) and what is
-        wrong; T is the window's length, below which no text is enough."""
+    def __init__(self, files: Sequence[Path], seed: int, T: int,
+                 tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
+        """T is the window's length, below which no text is enough. A model that is trained further
+        brings its tokenizer, and the labels of all its known concepts; new concepts come after
+        them.
+
+        Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
+        """
         self.seed = seed
         documents = read_documents(files)
         names = {name for document in documents for _, concepts in document for name in concepts}
-        self.labels = [Label(i, name) for i, name in enumerate(sorted(names))]
+        self.labels = with_new(labels, (Label(0, name) for name in sorted(names)))
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
         documents = [[Chunk(text, tuple(ids[name] for name in concepts))
                       for text, concepts in document] for document in documents]
-        self.tokenizer = Tokenizer.train("\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
-        tokens, chunks, labels = pack(documents, self.tokenizer)
+        self.tokenizer = tokenizer or Tokenizer.train(
+            "\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
+        tokens, chunks, labels = stream = pack(documents, self.tokenizer)
+        self.fingerprint = fingerprint(stream, self.labels)
         n = len(tokens) * 9 // 10
         self.training = Stream(tokens[:n], chunks[:n], labels)
         self.rest = Stream(tokens[n:], chunks[n:], labels)
