@@ -3,7 +3,8 @@
     python train_tiny.py                                    # the bundled model: under an hour
     python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
-    python train_tiny.py --text my.txt                      # on your own text
+    python train_tiny.py --text my.txt --out runs/mine      # on your own text
+    python train_tiny.py --text my.txt --evaluate runs/mine # ... and how good that is
     python train_tiny.py --resume                           # go on after Ctrl-C, or for longer
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
@@ -25,6 +26,7 @@ import random
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,21 +35,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steerling_min import Config, Steerling
+from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.checkpoint import free_memory
 from steerling_min.files.cli import Parser, one_line_errors
-from steerling_min.files.loading import pick_device
+from steerling_min.files.labels import Label, load_labels
+from steerling_min.files.loading import find_labels, load, pick_device
+from steerling_min.files.tokenizer import Tokenizer
 from steerling_min.files.writing import replacing
 from steerling_min.iguide import rows
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
 from steerling_min.training.distributed import RANK, WORLD, agreed
-from steerling_min.training.evaluate import evaluate, held_out_loss, print_table
+from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_text, per_character,
+                                             print_table, write)
 from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.run import Run, parse_options
 
 STEPS = 7_000        # of the bundled model
+VOCAB = 1024         # of a text
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
@@ -102,8 +109,9 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
     C = len(corpus.labels) or 1
     tiny = Config.tiny(corpus.tokenizer.vocab_size)
     k = min(tiny.topk_known, C)
+    ids = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
     model = Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k, topk_known_features=k,
-                                          **SIZES[size]))
+                                          **ids, **SIZES[size]))
     # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
     # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
     # The known concepts' embeddings are to matter beside them (1,000 steps: 2.6, not 2.8).
@@ -147,8 +155,8 @@ def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     # `train` sets the learning rate; fused: one pass over each parameter
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     for p in model.parameters():  # before the first step, so that it can be saved from the start
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                              "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
     return optimizer
 
 
@@ -170,7 +178,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     batch = cut(stream, starts, config.block_size)
     B, T = batch.tokens.shape
     t = noise_levels(B, T, config.diff_block_size, generator)
-    noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
+    noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
@@ -197,11 +205,9 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) 
     lift = lift_weights(counts).to(device)
     if RANK == 0 and not counted.labels.shape[1]:
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
-    if args.resume:
-        run.load(model, optimizer)
-    else:
+    if not args.resume:
         start_concepts(model, lift, run.n_known)
-        run.save(model, optimizer)  # what cannot be saved is found now
+    run.begin(model, optimizer, corpus)
     if args.compile:
         model.transformer.compile()
     objective = Objective(model, args.without, lift)
@@ -233,6 +239,8 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) 
             if logged:
                 losses = {name: torch.stack(x).mean().item() for name, x in recent.items()}
                 losses["held out"], recent = held_out_loss(model, held_out), {}
+                if args.text:
+                    losses["nats per character"] = per_character(model, corpus.tokenizer, held_out)
                 if not math.isfinite(sum(losses.values())):
                     raise ValueError(
                         f"at step {run.step} the loss is not a number any more: try a smaller --lr "
@@ -263,7 +271,14 @@ def parse_args() -> Namespace:
     p.add_argument("--size", choices=SIZES, help="of the model (default: tiny)")
     p.add_argument("--init", metavar="MODEL", help="go on from this checkpoint, with its tokenizer "
                    "and its concepts; those of the text that it does not know are added")
-    p.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="train on these files")
+    p.add_argument("--text", type=Path, nargs="+", metavar="FILE",
+                   help="train on these files: plain text, each one stream with its line breaks; "
+                        'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '
+                        '(concepts are optional; neighbours with one "document" belong together), '
+                        'or a conversation {"messages": [{"role": ..., "content": ...}, ...]}. The '
+                        "last tenth is held out; of labelled lines, a tenth drawn from all over")
+    p.add_argument("--vocab", type=int, metavar="N",
+                   help=f"tokens that are learnt from --text, at most (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
     p.add_argument("--resume", action="store_true",
@@ -275,24 +290,26 @@ def parse_args() -> Namespace:
                    help="of the computation; the weights stay float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
-                   help="train nothing; measure these models (default: the bundled one)")
+                   help="train nothing; measure these models (default: the bundled one), with "
+                        "--text on what was held out of it")
     args = parse_options(p)
     if not 0 <= RANK < WORLD:
-        p.error("RANK and WORLD_SIZE in the environment, which torchrun sets, are no number and a "
-                "larger one")
+        p.error("RANK and WORLD_SIZE, which torchrun sets, must be a number and a larger one")
     for name, ok, supported in (
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
             ("out", args.out != Path(), "a folder of the run's own"),
-            ("size", not (args.size and args.init), "--init brings its own"),
+            ("size", not (args.size and args.init), "the model of --init has its own"),
+            ("vocab", not (args.vocab and args.init), "the model of --init has its own"),
             ("batch", args.batch >= 1 and args.batch % WORLD == 0,
              f"a positive multiple of the {WORLD} processes")):
         if not ok:
             p.error(f"--{name} {getattr(args, name)}: {supported}")
     args.steps = args.steps or (STEPS if args.minutes is None else None)
-    args.size = args.size or (None if args.init else "tiny")
+    if not args.init:
+        args.size, args.vocab = args.size or "tiny", args.vocab or VOCAB
     return args
 
 
@@ -302,10 +319,37 @@ def main() -> None:
         args = parse_args()
         if args.evaluate is not None:
             folders = {name: name for name in args.evaluate} or {"bundled": None}
-            print_table({name: evaluate(folder, args.device) for name, folder in folders.items()})
+            if args.text:
+                for folder in folders.values():
+                    evaluate_on_text(folder, args)
+            else:
+                print_table({name: evaluate(folder, args.device)
+                             for name, folder in folders.items()})
         else:
             with Run(args) as this:
                 run(args, this)
+
+
+def evaluate_on_text(folder: str | None, args: Namespace) -> None:
+    """Print what a model makes of the part of --text that training held out, and what it writes."""
+    model, tokenizer = load(folder, args.device, torch.float32)
+    named = load_labels(find_labels(folder), model.config)
+    corpus = make_corpus(args, model.config.block_size, tokenizer,
+                         [named.label(i) for i in range(model.config.n_concepts)])
+    print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
+    for name, value in measure_text(model, tokenizer, corpus.rest).items():
+        print(f"{value:10.4f}  {name}")
+    start, n = [tokenizer.bos_token_id], min(128, model.config.block_size - 1)
+    for seed in range(3):
+        print(f"--- sample {seed}", write(model, tokenizer, start, n, seed)[1], sep="\n")
+
+
+def make_corpus(args: Namespace, T: int, tokenizer: Tokenizer | None = None,
+                labels: Sequence[Label] = ()) -> Stories | Texts:
+    """What to train on, in windows of T; tokenizer and labels are those of a model, if any."""
+    if not args.text:
+        return Stories(args.seed, tokenizer, labels)
+    return Texts(args.text, args.seed, T, args.vocab, tokenizer, labels)
 
 
 def run(args: Namespace, this: Run) -> None:
@@ -315,24 +359,18 @@ def run(args: Namespace, this: Run) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if args.resume or args.init:
-        model, tokenizer, labels = this.start_from(args.init, device)
-    else:
-        model, tokenizer, labels = None, None, []
-    if args.text:
-        config = model.config if model else dataclasses.replace(Config.tiny(), **SIZES[args.size])
-        corpus = Texts(args.text, args.seed, config.block_size, tokenizer=tokenizer, labels=labels)
-    else:
-        corpus = Stories(args.seed, tokenizer, labels)
-    if model is None:
-        model = make_model(args.size, corpus, args.seed).to(device)
+    model, tokenizer, labels = this.start_from(args.init, device)
+    T = (model.config.block_size if model else
+         SIZES[args.size].get("block_size", Config.tiny().block_size))
+    corpus = make_corpus(args, T, tokenizer, labels)
+    model = model or make_model(args.size, corpus, args.seed).to(device)
     add_concepts(model, len(corpus.labels))
     require_room(args.batch // WORLD, model.config, device)
-    this.begin(model.config, corpus)
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
-        this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
-                 f"{model.config.block_size} tokens a step; {len(corpus.labels)} known concepts")
+        this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of {T} tokens a "
+                 f"step; vocabulary {corpus.tokenizer.vocab_size}; {len(corpus.labels)} known "
+                 "concepts")
     history = train(model, corpus, args, this)
     if RANK == 0:
         if history:
@@ -354,8 +392,8 @@ def run(args: Namespace, this: Run) -> None:
 def require_room(B: int, config: Config, device: torch.device) -> None:
     """Raise ValueError where a step's B windows cannot fit on the device: each layer keeps at least
     ten numbers as wide as its state, in float32, until the backward pass."""
-    need, free = 40 * B * config.block_size * config.n_layers * config.n_embd, free_memory(device)
-    if need > free:
+    need = 40 * B * config.block_size * config.n_layers * config.n_embd
+    if need > (free := free_memory(device)):
         raise ValueError(f"--batch {B * WORLD}: a step takes over {need / 1e9:.0f} GB; "
                          f"{free / 1e9:.0f} GB are free on {device}")
 

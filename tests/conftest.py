@@ -23,7 +23,7 @@ CONFIG = Config(n_layers=1, n_head=4, n_kv_heads=2, n_embd=32, block_size=64, di
                 unknown_topk=2, factorize_rank=4, vocab_size=20, eos_token_id=15, pad_token_id=16,
                 bos_token_id=17, endofchunk_token_id=18, mask_token_id=19)
 
-TEXT = " ".join(map("".join, product("abcd", repeat=4)))  # aaaa aaab aaac ...: 256 words
+TEXT = 2 * " ".join(map("".join, product("abcd", repeat=4)))  # aaaa aaab aaac ...: 256 words, twice
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 MODES = {  # ways to write: options of unmask

@@ -226,7 +226,7 @@ def test_a_reader_who_has_had_enough_sees_no_traceback(root):
 
 @pytest.mark.parametrize("args, message", [
     (["begin", "norm"], "invalid choice: 'begin'"), (["start"], "required: NAME"),
-    (["check", "nomr"], "choose from 'norm', 'mask'"),
+    (["check", "nomr"], "choose from 'merge', 'byte-pairs'"),
     (["show", "mask"], "choose from 'block-size'")])
 def test_a_wrong_command_is_one_line(run, args, message):
     code, out, error = run(*args)

@@ -8,9 +8,11 @@ import resource
 import pytest
 import torch
 
-from steerling_min.files.tokenizer import TINY_PATTERN
-from steerling_min.training.data import (Stories, Stream, Texts, count_tokens, cut, has_concepts,
-                                         pack, read_jsonl, read_text)
+from steerling_min.files.labels import Label
+from steerling_min.files.loading import TINY
+from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.training.data import (WORD, Stories, Stream, Texts, count_tokens, cut,
+                                         has_concepts, pack, read_documents)
 from steerling_min.training.world import Chunk, recognise, split_sentences, write_story
 
 STORIES = Stories(seed=1)
@@ -64,8 +66,14 @@ def test_every_word_of_the_stories_is_one_token():
     rng = random.Random(5)
     for _ in range(20):
         for chunk in write_story(rng).chunks:
-            words = re.findall(TINY_PATTERN, chunk.text)
+            words = re.findall(WORD, chunk.text)
             assert len(TOKENIZER.encode(chunk.text)) == len(words)
+
+
+def test_the_stories_vocabulary_is_the_bundled_models(tmp_path):
+    TOKENIZER.save(tmp_path / RANK_FILE)
+    assert (tmp_path / RANK_FILE).read_bytes() == (TINY / RANK_FILE).read_bytes(), (
+        "the bundled model's ids must go on to mean what it has learnt")
 
 
 def test_a_step_reads_the_same_stories_every_time_and_no_other_steps():
@@ -111,41 +119,142 @@ def a_file(tmp_path, content, name="a.txt"):
     return file
 
 
-def test_paragraphs_of_a_text_file_are_chunks(tmp_path):
-    file = a_file(tmp_path, "One.\r\nStill one.\r\n\r\n\r\nTwo: \u00e9\u4e16.\n")
-    assert read_text(file) == [("One.\nStill one.", []), ("Two: \u00e9\u4e16.", [])]
+def texts_of(file):
+    return [[(chunk["text"], chunk["concepts"]) for chunk in document]
+            for document in read_documents(file)]
+
+
+def test_a_text_file_is_one_stream_with_its_line_breaks(tmp_path):
+    play = "ROMEO:\nO, she doth teach.\n\n\n\nTYBALT:\n  \u00e9\u4e16\U0001f600.\n"
+    assert texts_of(a_file(tmp_path, play)) == [[(play, [])]]
+    texts = Texts([a_file(tmp_path, 200 * play)], seed=0, T=32)
+    assert not texts.labels
+    tokens = [*texts.training.tokens.tolist(), *texts.rest.tokens.tolist()]
+    assert texts.tokenizer.decode(tokens, specials=True) == (
+        f"<|bos|>{200 * play}<|endoftext|>"), "no chunk ends at a paragraph, nothing is lost"
 
 
 def test_lines_of_a_jsonl_file_are_chunks_with_labels(tmp_path):
-    lines = [{"text": "a", "concepts": ["x", "y"]}, {"text": "b"}]
-    file = a_file(tmp_path, "\n".join(map(json.dumps, lines)) + "\n\n", "a.jsonl")
-    assert read_jsonl(file) == [("a", ["x", "y"]), ("b", [])]
+    lines = [{"text": "a", "concepts": ["x", " y "]}, {"text": "b\u2028c\nd"}]
+    for name in ("a.jsonl", "A.JSONL"):
+        file = a_file(tmp_path, "\n".join(json.dumps(x, ensure_ascii=False) for x in lines), name)
+        assert texts_of(file) == [[("a", ["x", "y"]), ("b\u2028c\nd", [])]]
 
 
-@pytest.mark.parametrize("line", [
-    "not json", "[1]", "{}", '{"text": 3}', '{"text": ""}', '{"text": "a", "concepts": "x"}',
-    '{"text": "a", "concepts": [1]}', '{"text": "a", "concepts": null}', b'{"text": "\xff"}',
-    "[" * 10**5])
-def test_a_malformed_line_is_named_by_its_number(tmp_path, line):
-    line = line if isinstance(line, bytes) else line.encode()
-    file = a_file(tmp_path, b'{"text": "fine"}\n' + line + b"\n", "a.jsonl")
-    with pytest.raises(ValueError, match="a.jsonl, line 2: expected"):
-        read_jsonl(file)
+def test_neighbouring_lines_with_one_document_are_a_document(tmp_path):
+    lines = [{"text": text, "document": n} for text, n in zip("abcd", (1, 1, 2, 1))]
+    file = a_file(tmp_path, "\n\n".join(map(json.dumps, lines)), "a.jsonl")
+    assert texts_of(file) == [[("a", []), ("b", [])], [("c", [])], [("d", [])]]
+
+
+NAME = "n" * 201
+
+
+@pytest.mark.parametrize("line, message", [
+    ("not json", "expected"), ("[1]", "expected"), ("{}", "expected"), ("3", "expected"),
+    ('{"text": 3}', "expected"), ('{"text": ""}', "expected"),
+    ('{"text": "a", "concepts": "x"}', "expected"), ('{"text": "a", "concepts": [1]}', "expected"),
+    ('{"text": "a", "concepts": null}', "expected"), ('{"text": "a", "concepts": [" "]}', "names"),
+    ('{"text": "a", "concepts": ["x\\ny"]}', "names"),
+    (f'{{"text": "a", "concepts": ["{NAME}"]}}', "1 to 200 letters"),
+    ('{"text": "a\\ud800"}', "expected"), ('{"text": "a", "concepts": ["\\udfff"]}', "names"),
+    ("[" * 10**5, "expected"), ('{"text": "a"} {"text": "b"}', "expected"),
+    ('{"text": "a", "concept": ["x"]}', "no field 'concept', only concepts, document, "),
+    ('{"messages": []}', "expected"), ('{"messages": "hello"}', "expected"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "some of the role assistant"),
+    ('{"messages": [{"role": "assistant"}]}', "expected"),
+    ('{"messages": [{"role": "assistant", "content": 3}]}', "expected"),
+    ('{"text": "a", "messages": [{"role": "assistant", "content": "b"}]}', "expected"),
+    ('{"txt": "a"}', "no field 'txt'"), ('{"text": "a", "\\n": 1}', r"no field '\n'")])
+def test_a_malformed_line_is_named_by_its_number(tmp_path, line, message):
+    file = a_file(tmp_path, '{"text": "fine"}\n\n' + line + "\n", "a.jsonl")
+    with pytest.raises(ValueError) as error:
+        read_documents(file)
+    said = str(error.value)
+    assert "a.jsonl, line 3: " in said and message in said and "\n" not in said, said
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "has no text"), (b" \n\n\t\n", "has no text"),
-    (b"caf\xe9", "not UTF-8 text: byte 3 is 0xe9")])
-def test_a_file_without_readable_text_is_named(tmp_path, content, message):
-    with pytest.raises(ValueError, match=f"a.txt.*{message}"):
-        read_text(a_file(tmp_path, content))
+    (b"", "has no text"), (b" \r\n\n\t\n", "has no text"), (b"\xef\xbb\xbf", "has no text"),
+    (b"tea\ncaf\xe9", "not UTF-8 text: byte 7, in line 2, is 0xe9"),
+    ("text".encode("utf-16"), "not UTF-8"), ("text".encode("utf-16-le"), "bytes that are 0"),
+    (b"a\x00b", "bytes that are 0")])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_without_readable_text_is_named(tmp_path, content, message, name):
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        read_documents(a_file(tmp_path, content, name))
+
+
+@pytest.mark.parametrize("content, read", [
+    (b"\xef\xbb\xbfOne.", "One."), (b"One.\r\n\r\nTwo.\rThree.", "One.\n\nTwo.\nThree."),
+    (b"\x01\x7f\xc2\x85", "\x01\x7f\x85"), (b" <|mask|> ", " <|mask|> ")])
+def test_marks_and_line_ends_of_other_systems_are_read(tmp_path, content, read):
+    assert texts_of(a_file(tmp_path, content)) == [[(read, [])]]
+    line = json.dumps({"text": read}).encode()
+    mark = b"\xef\xbb\xbf" * content.startswith(b"\xef")
+    assert texts_of(a_file(tmp_path, mark + line + b"\r\n", "a.jsonl")) == [[(read, [])]]
+
+
+@pytest.mark.parametrize("line", ["word " * 2_000_000, " " * 10**7 + "x"], ids=["words", "spaces"])
+def test_one_line_of_ten_megabytes_is_read(tmp_path, line):
+    texts = Texts([a_file(tmp_path, line)], seed=0, T=256)
+    tokens = [*texts.training.tokens.tolist(), *texts.rest.tokens.tolist()]
+    assert texts.tokenizer.decode(tokens) == line
+
+
+def conversations(tmp_path, n=100):
+    turns = [("system", "Be kind."), ("user", "Who?"), ("assistant", "Mara did."),
+             ("user", "And <|eot_id|>"), ("assistant", "Ben.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return turns, a_file(tmp_path, "".join(json.dumps(
+        {"messages": [{"role": "user", "content": f"{i}?"}, *messages]}) + "\n"
+        for i in range(n)), "chat.jsonl")
+
+
+def test_of_a_conversation_only_the_assistants_words_are_learnt(tmp_path):
+    turns, file = conversations(tmp_path)
+    texts = Texts([file], 0, T=32)
+    tokenizer, stream = texts.tokenizer, texts.training
+    end = stream.tokens.tolist().index(tokenizer.eos_token_id)
+    first, learnt = stream.tokens[:end], stream.learnt[: end + 1]
+    template = [tokenizer.bos_token_id, *tokenizer.encode_chat([("user", "0?"), *turns])]
+    header = tokenizer.encode_chat([])
+    assert first.tolist() + header == template, "the chat's template, without a turn to come"
+    assert tokenizer.decode(first[learnt[:-1]].tolist(), specials=True) == (
+        "Mara did.<|endofchunk|><|eot_id|>Ben.<|endofchunk|><|eot_id|>"), (
+        "what the assistant says, and that its turn is over")
+    assert not learnt[-1] and ((stream.chunks >= 0) <= ~torch.isin(
+        stream.tokens, torch.tensor(sorted(tokenizer.special_ids)))).all()
+    starts = torch.tensor([3, 0])
+    assert torch.equal(cut(stream, starts, 8).learnt,
+                       torch.stack([stream.learnt[3:11], stream.learnt[:8]]))
+
+
+def test_of_any_other_text_all_is_learnt(tmp_path):
+    assert STORIES.stream(1, 300).learnt.all() and STORIES.held_out(2, 16).learnt.shape == (2, 16)
+    stream = Stream(torch.arange(10), torch.zeros(10).long(), torch.tensor([[0]]))
+    assert cut(stream, torch.tensor([2, 6]), 4).learnt.tolist() == [[True] * 4] * 2
+
+
+def test_a_conversation_needs_the_special_tokens_of_a_chat(tmp_path):
+    with pytest.raises(ValueError, match="a chat needs an instruct model"):
+        Texts([conversations(tmp_path)[1]], 0, 32, tokenizer=TOKENIZER)
+
+
+def test_the_vocabulary_is_of_the_size_asked_for_or_what_the_text_fills(tmp_path):
+    file = a_file(tmp_path, " ".join(f"word{i}" for i in range(3000)))
+    assert Texts([file], 0, 32, vocab=300).tokenizer.vocab_size == 300
+    assert 300 < Texts([file], 0, 32, vocab=10**9).tokenizer.vocab_size < 10_000
+    with pytest.raises(ValueError, match="vocabulary of 260 is too small: .* are 261"):
+        Texts([file], 0, 32, vocab=260)
 
 
 def test_texts_hold_out_their_last_tenth(tmp_path):
     file = a_file(tmp_path, " ".join(f"word{i}" for i in range(3000)))
     texts = Texts([file], seed=0, T=32)
     n = len(texts.training.tokens) + len(texts.rest.tokens)
-    assert len(texts.training.tokens) == n * 9 // 10
+    assert abs(len(texts.training.tokens) - 0.9 * n) <= 1
+    assert texts.tokenizer.decode(texts.rest.tokens.tolist()).endswith("word2999")
     stream, starts = texts.windows(1, 30_000, 32)
     assert stream is texts.training
     assert starts.min() == 0 and starts.max() == len(stream.tokens) - 32, "all of it is read"
@@ -154,14 +263,48 @@ def test_texts_hold_out_their_last_tenth(tmp_path):
     assert held_out.tokens[-1, -1] == texts.rest.tokens[-1], "the last one ends with the text"
 
 
+def labelled(tmp_path, concepts, name="a.jsonl"):
+    return a_file(tmp_path, "".join(json.dumps({"text": f"line {i} and some more", "concepts": x})
+                                    + "\n" for i, x in enumerate(concepts)), name)
+
+
+def test_labelled_lines_are_held_out_all_over_the_file(tmp_path):
+    """Sorted by their concepts, as such files often are, the last tenth would have one of them."""
+    texts = Texts([labelled(tmp_path, [[f"genre {i // 200}"] for i in range(2000)])], 0, T=64)
+    for part in (texts.training, texts.rest):
+        kinds = part.labels[part.chunks[part.chunks >= 0].unique()]
+        assert len(kinds.unique()) == 10, "every concept is learnt, and every one is judged"
+    assert len(texts.rest.tokens) == pytest.approx(len(texts.training.tokens) / 9, rel=0.02)
+    whole = texts.training.chunks.unique().tolist(), texts.rest.chunks.unique().tolist()
+    assert set(whole[0]) & set(whole[1]) == {-1}, "no chunk is in both"
+
+
 def test_labels_of_several_files_share_their_names(tmp_path):
-    lines = '{"text": "one two three four five", "concepts": ["b"]}\n' * 200
-    files = [a_file(tmp_path, lines, "a.jsonl"),
-             a_file(tmp_path, lines.replace('"b"', '"b", "a"'), "b.jsonl")]
+    files = [labelled(tmp_path, [["b", "b"]] * 200),
+             labelled(tmp_path, [["b", "a"]] * 200, "b.jsonl")]
     texts = Texts(files, seed=0, T=32)
     assert [(x.id, x.name) for x in texts.labels] == [(0, "a"), (1, "b")]
-    assert texts.training.labels[0].tolist() == [1, -1]
-    assert sorted(texts.training.labels[-1].tolist()) == [0, 1]
+    assert texts.training.labels[0].tolist() == [1, -1], "a name that is there twice counts once"
+    assert texts.training.labels[-1].tolist() == [0, 1]
+
+
+def test_a_models_tokenizer_and_concepts_come_first(tmp_path):
+    old = [Label(0, "z", "a description"), Label(1, "b")]
+    file = labelled(tmp_path, [["b", "a"]] * 200)
+    texts = Texts([file], 0, 32, tokenizer=TOKENIZER, labels=old)
+    assert texts.labels == [*old, Label(2, "a")] and texts.tokenizer is TOKENIZER
+    assert texts.training.labels[0].tolist() == [1, 2] and len(texts.injected) == 3
+
+
+def test_a_fingerprint_is_of_the_text_and_the_names(tmp_path):
+    def mark(concepts, **given):
+        return Texts([labelled(tmp_path, concepts)], 0, 32, **given).fingerprint
+    first = mark([["a"]] * 200)
+    assert re.fullmatch("[0-9a-f]{16}", first) and first == mark([["a"]] * 200)
+    others = {mark([["b"]] * 200), mark([["a"]] * 201), mark([["a"]] * 199 + [[]]),
+              mark([["a"]] * 200, vocab=270), STORIES.fingerprint}
+    assert len(others | {first}) == 6
+    assert STORIES.fingerprint == Stories(seed=1).fingerprint
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -144,7 +144,7 @@ def test_texts_are_written_where_the_model_is(small, options):
 
 
 def test_a_text_is_explained_where_the_model_is(small):
-    tokenizer = Tokenizer.train("abcd", CONFIG.vocab_size)
+    tokenizer = Tokenizer.train("abcd", 261)
     for steering in (None, Steering(known=((2, 1.5),))):
         steps = list(unmask(small, [[1, 2, 3]], 6, seed=0, steering=steering))
         explain(small, tokenizer, Labels([], 8, 8), steps, 0, steering)

@@ -11,11 +11,12 @@ import torch
 from conftest import CONFIG
 
 from steerling_min import Config, Steerling, Steering, load
-from steerling_min.files.tokenizer import RANK_FILE
+from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
 from steerling_min.training import evaluate, world
-from steerling_min.training.data import Batch, Stories
+from steerling_min.training.data import Batch, Stories, Stream
 from steerling_min.training.evaluate import (HELD_OUT, MEASURES, heroes_kept, held_out_loss,
-                                             new_chunks, print_table, shows, steered, tokens_of,
+                                             in_units, measure_text, new_chunks,
+                                             per_character, print_table, shows, steered, tokens_of,
                                              topic_prompts, word_prompts)
 from steerling_min.training.measures import Seen
 from steerling_min.training.world import (CONCEPT_IDS, CONCEPTS, TOPICS, WORDS, recognise,
@@ -499,3 +500,64 @@ def test_another_worlds_model_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda *args: (model, TOKENIZER))
     with pytest.raises(ValueError, match="the bundled model was not trained"):
         evaluate.evaluate(None, "cpu")
+
+
+# ---- anyone's text -------------------------------------------------------------------------------
+
+BYTES = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+OF_BYTES = Config.tiny(vocab_size=261)
+OF_BYTES = dataclasses.replace(OF_BYTES, n_layers=1, block_size=32, n_concepts=2, topk_known=2,
+                               topk_known_features=2)
+
+
+def test_units_are_of_the_text_and_special_tokens_have_none():
+    tokens = torch.tensor([BYTES.bos_token_id, *BYTES.encode("a\u00e9\u4e16")])  # 6 bytes
+    found = in_units(2.0, tokens, BYTES)
+    assert found == {"bound, nats per token": 2.0,
+                     "bound, nats per character": pytest.approx(2 * 7 / 3),
+                     "bound, bits per byte": pytest.approx(2 * 7 / 6 / math.log(2))}
+
+
+def test_a_model_that_knows_nothing_pays_the_logarithm_of_its_vocabulary():
+    torch.manual_seed(0)
+    model = Steerling(OF_BYTES)
+    torch.nn.init.zeros_(model.transformer.tok_emb.weight)  # all logits 0
+    tokens = torch.tensor(BYTES.encode("twenty-four letters, so " * 8))
+    n = len(tokens)
+    rest = Stream(tokens, torch.zeros(n).long(), torch.full((1, 0), -1))
+    found = measure_text(model, BYTES, rest)
+    assert found["bound, nats per token"] == pytest.approx(math.log(261))
+    assert found["bound, bits per byte"] == pytest.approx(math.log2(261)), "a byte is a token"
+    assert len(found) == 3, "no labels, no measures of concepts"
+    batch = Batch(tokens[:64].view(2, 32), torch.zeros(2, 32).long(), rest.labels)
+    assert per_character(model, BYTES, batch) == pytest.approx(math.log(261))
+
+
+def test_concepts_of_a_text_are_detected_where_they_are():
+    """Concept 0 reads the token a, which the chunks labelled with it have; concept 1 is nowhere."""
+    torch.manual_seed(0)
+    model = Steerling(OF_BYTES)
+    torch.nn.init.normal_(model.transformer.tok_emb.weight)
+    model.transformer.blocks[0].ln_1.weight.data.zero_()  # hidden is a token's own embedding
+    model.transformer.blocks[0].ln_2.weight.data.zero_()
+    weight = model.known_head.concept_predictor.weight.data.zero_()
+    weight[0] = model.transformer.tok_emb.weight[97]
+    tokens, chunks = torch.tensor(BYTES.encode("bbacbbbc" * 24)), torch.arange(192) // 4
+    labels = torch.tensor([[0], [-1]]).repeat(24, 1)
+    found = measure_text(model, BYTES, Stream(tokens, chunks, labels))
+    assert found["detection: macro AUC"] == 1.0
+    assert found["... concepts left out: in no chunk, or in all"] == 1
+    assert 0 < found["contribution: known + discovered (Eq. 22)"] < 1
+    others = measure_text(model, BYTES, Stream(tokens, chunks, labels.where(labels < 0, 2)))
+    assert len(others) == 3, "a concept that the model lacks cannot be detected"
+
+
+def test_windows_are_spread_over_all_that_is_held_out(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "likelihood_bound", lambda model, tokens, samples, generator: (
+        seen.append(tokens), torch.ones(len(tokens)))[1])
+    rest = Stream(torch.arange(1000) % 256, torch.zeros(1000).long(), torch.full((1, 0), -1))
+    measure_text(Steerling(OF_BYTES), BYTES, rest, n=3)
+    windows = torch.cat(seen)
+    assert windows.shape == (3, 32)
+    assert windows[:, 0].tolist() == [0, 484 % 256, 968 % 256], "first, middle and last"

@@ -343,14 +343,14 @@ def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tin
     table = model.known_head if head == "known" else model.unknown_head
     E = table.embedding(torch.arange(table.n_concepts))
     strengths = E @ model.transformer.tok_emb.weight.T  # (C, V)
-    [token] = tokenizer.encode(" abcd")
+    [token] = tokenizer.encode(" abac")
     promoting = (strengths.topk(8).indices == token).any(1)
     best = strengths[:, token].where(promoting, -torch.inf).argmax().item()
 
-    result = search("ABCD", *flags)
+    result = search("ABAC", *flags)
     assert result.lines.pop(0) == "no label has these words; these concepts promote them:"
     assert f"{best}  {said} {best}" in names(result)
-    assert all("'abcd'" in line or "' abcd'" in line for line in result.lines)
+    assert all("'abac'" in line or "' abac'" in line for line in result.lines)
     assert len(result.lines) <= 20
     assert any("discovered" in name for name in names(result)) == (head == "unknown")
 

@@ -8,18 +8,21 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import regex
 import requests
 import tiktoken
 from conftest import TEXT
 
 from steerling_min import Config, Tokenizer
+from steerling_min.files.tokenizer import PATTERN, byte_pairs, merge
 
 CACHED = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"  # tiktoken's name for cl100k_base's rank file
 SENTENCES = [
     "", " ", "The old sailor wrote home.", "  two  spaces\tand a tab\r\n\n", "naïve café, œuvre",
     "1234567890 + 3.14 = ?", "日本語のテキスト", "עברית and العربية", "👩‍👩‍👧‍👦🏳️‍🌈",
     "e\u0301 \u200b\u2028\x00\x7f",
-    "<|mask|> <|endoftext|><|endofchunk|><|eot_id|>",
+    "<|mask|> <|endoftext|><|endofchunk|><|eot_id|>", "\r\n\n\n  \n\x00\x85\u3000",
+    "a" * 3000, " " * 3000, "\n" * 3000, "\u0301" * 3000, "\u4e16" * 3000, "?" * 3000, "7" * 3000,
 ]
 
 
@@ -131,13 +134,25 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny, wrong):
 
 
 @pytest.mark.parametrize("size", [261, 300, 512])
-def test_training_gives_exactly_the_size_asked_for_where_there_are_words_enough(size):
+def test_training_gives_exactly_the_size_asked_for_where_the_text_fills_it(size):
     tokenizer = Tokenizer.train(TEXT, size)
     assert tokenizer.vocab_size == size
     assert sorted(tokenizer.special_ids) == list(range(size - 5, size)), "the five specials last"
     pieces = [tokenizer.encoding.decode_single_token_bytes(i) for i in range(size - 5)]
     assert len(set(pieces)) == size - 5, "every id has a piece of text of its own"
-    assert Tokenizer.train("one two one", 512).vocab_size == 256 + 3 + 5, "'one', ' two', ' one'"
+    assert Tokenizer.train("one two", 512).vocab_size == 261, "no pair of bytes is there twice"
+
+
+def test_an_instruct_vocabulary_has_its_three_tokens_within_the_size():
+    tokenizer = Tokenizer.train(TEXT, 300, instruct=True)
+    assert tokenizer.vocab_size == 300 and tokenizer.eot_id == 299
+
+
+@pytest.mark.parametrize("size, instruct, least", [(260, False, 261), (263, True, 264),
+                                                   (-1, False, 261)])
+def test_a_vocabulary_without_room_for_the_bytes_is_refused(size, instruct, least):
+    with pytest.raises(ValueError, match=f"{size} is too small: .* are {least}"):
+        Tokenizer.train(TEXT, size, instruct)
 
 
 def test_the_tiny_models_ids_are_its_configs(tiny):
@@ -145,12 +160,80 @@ def test_the_tiny_models_ids_are_its_configs(tiny):
         assert getattr(tiny, name) == i, name
 
 
-def test_the_most_frequent_words_become_one_token(tiny):
-    assert len(tiny.encode(" abcd aaab")) == 2, "a word takes the space before it along"
-    assert len(tiny.encode("zq")) == 2, "never seen: a token per byte"
-    two = Tokenizer.train("rare often often", 256 + 1 + 5)  # room for one word
-    assert len(two.encode("rare often")) == 4 + 1, "the rare one is spelt out"
-    assert len(tiny.encode("é")) == 2, "outside ASCII: a token per byte of UTF-8"
+def words_of(text):
+    return regex.findall(PATTERN, text)
+
+
+def test_text_is_cut_into_words_of_any_script():
+    assert words_of("Go, now!\n\nROMEO:\nWell") == ["Go", ",", " now", "!\n\n", "ROMEO", ":\n",
+                                                    "Well"]
+    assert words_of("  na\u00efve e\u0301t\u00e9 12345") == [" ", " na\u00efve", " e\u0301t\u00e9",
+                                                          " 123", "45"]
+    assert words_of("\u65e5\u672c. \u05e2\u05d1") == ["\u65e5\u672c", ".", " \u05e2\u05d1"]
+
+
+@pytest.mark.parametrize("text", SENTENCES, ids=range(len(SENTENCES)))
+def test_words_are_all_of_the_text_and_the_encoder_cuts_as_the_learner_did(text):
+    words = words_of(text)
+    assert "".join(words) == text, "nothing may fall between the words"
+    pieces = {bytes([i]): i for i in range(256)}
+    for word in words:  # if each word is a token, a word that is cut otherwise is several
+        pieces.setdefault(word.encode(), len(pieces))
+    assert len(Tokenizer.from_ranks(pieces).encode(text)) == len(words)
+
+
+def split(word):
+    return [bytes([b]) for b in word]
+
+
+@pytest.mark.parametrize("pieces, token, merged", [
+    ("a b a b", "ab", "ab ab"), ("b a a b", "ab", "b a ab"), ("a a a", "aa", "aa a"),
+    ("a a a a", "aa", "aa aa"), ("aa a aa a", "aaa", "aaa aaa"), ("a bc ab c", "abc", "abc abc"),
+    ("a b c", "abc", "a b c"), ("ab", "ab", "ab"), ("", "ab", ""), ("b a", "ab", "b a")])
+def test_a_merge_joins_pairs_from_left_to_right(pieces, token, merged):
+    before = pieces.encode().split()
+    assert merge(list(before), token.encode()) == merged.encode().split(), (
+        "two neighbours that together are the token become one piece; a piece is in one pair only")
+
+
+def learnt(words, n=10**6):
+    ranks = byte_pairs(words, n)
+    assert list(ranks.values()) == list(range(len(ranks))), "ranks count on from the 256 bytes"
+    assert list(ranks)[:256] == split(bytes(range(256)))
+    return list(ranks)[256:]
+
+
+def test_the_most_frequent_pair_of_the_words_is_learnt_first():
+    """The example of the paper: arXiv 1508.07909, algorithm 1, without its ends of words."""
+    words = {b"low": 5, b"lower": 2, b"newest": 6, b"widest": 3}
+    assert learnt(words)[:7] == [b"es", b"est", b"lo", b"low", b"ne", b"west", b"newest"], (
+        "es 9 times, then est; lo 7, then low; ne 6 times: a word counts as often as it occurs")
+    assert byte_pairs(words, 258).keys() - byte_pairs(words, 256).keys() == {b"es", b"est"}
+
+
+def test_of_equal_pairs_the_one_that_came_up_first_is_learnt():
+    assert learnt({b"xy": 2, b"ab": 2}) == [b"xy", b"ab"]
+    assert learnt({b"abc": 2}) == [b"ab", b"abc"], "bc was as frequent, until a b was merged"
+
+
+def test_pairs_that_occur_once_are_not_learnt():
+    assert learnt({b"abcd": 1}) == [] and learnt({}) == []
+    assert learnt({b"ab": 1, b"xab": 1}) == [b"ab"]
+
+
+def test_merging_changes_what_the_neighbours_are():
+    assert learnt({b"cabd": 3, b"ab": 2}) == [b"ab", b"cab", b"cabd"], (
+        "where a and b are merged, there is no pair ca and no pair bd any more")
+    assert learnt({b"aaaa": 1}) == [b"aa"], "three pairs aa at first; [aa, aa] is one pair aaaa"
+
+
+def test_what_is_learnt_is_what_the_encoder_merges():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.train(text, 800)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.vocab_size == 800
+    assert len(text) / len(ids) > 2, "learnt pairs must make the text shorter in tokens"
+    assert len(set(ids) - set(range(256))) > 400, "and most of them occur in it as they are"
 
 
 def test_a_saved_vocabulary_is_read_back(tiny, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
 
 import train_tiny
 from steerling_min import Steerling, load
-from steerling_min.training.data import Stories
+from steerling_min.training.data import Stories, Texts
 from steerling_min.files.labels import LABELS
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +139,7 @@ def test_training_learns(run, tmp_path):
     assert "tokens/s" in rows[0] and "min left" in rows[0]
     assert rows.pop(0).startswith("step 1:") and len(rows) == 12, "the first shows that it works"
     first, last = (float(row.split("held out ")[1]) for row in (rows[0], rows[-1]))
+    assert "per character" not in out, "the tiny world has its own units"
     assert first > 5.8, "it starts near ln 829 = 6.7"
     assert last < 5.6, "60 steps teach at least how often each token occurs"
     assert "presence" in rows[0] and "respond" not in rows[0] and "respond" in rows[-1]
@@ -210,10 +212,16 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
 def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
     text = "\n\n".join(f"This is paragraph {i} of many." for i in range(400))
     (tmp_path / "a.txt").write_text(text)
-    out = run("--steps", 5, "--text", tmp_path / "a.txt")
+    out = run("--steps", 5, "--text", tmp_path / "a.txt", "--vocab", 300)
     assert "no labels" in out and "presence" not in out.split("step 5")[1]
     model, tokenizer = load(tmp_path / "out")
     assert len(tokenizer.encode("This is paragraph")) == 3, "the words are the text's own"
+    assert model.config.vocab_size <= 300
+    per_character = float(re.search(r"nats per character ([0-9.]+);", out)[1])
+    out = run("--text", tmp_path / "a.txt", "--evaluate", tmp_path / "out")
+    assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
+        per_character, rel=0.1)
+    assert "bits per byte" in out and out.count("--- sample") == 3
 
 
 def test_labelled_lines_train_their_concepts(run, tmp_path):
@@ -222,7 +230,23 @@ def test_labelled_lines_train_their_concepts(run, tmp_path):
         + "\n" for i in range(400)))
     out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
     assert "1 known concepts" in out and "presence" in out
+    assert "AUC" in run("--text", tmp_path / "a.jsonl", "--evaluate", tmp_path / "out")
     assert "0,even,,known," in (tmp_path / "out" / (LABELS + ".csv")).read_text()
+
+
+def test_conversations_train_the_assistants_turns_alone(run, tmp_path):
+    line = {"messages": [{"role": "user", "content": "What is it?"},
+                         {"role": "assistant", "content": "It is a whale."}]}
+    (tmp_path / "a.jsonl").write_text(400 * (json.dumps(line) + "\n"))
+    run("--steps", 5, "--text", tmp_path / "a.jsonl")
+    model, tokenizer = load(tmp_path / "out")
+    assert model.config.eot_id == tokenizer.eot_id == tokenizer.vocab_size - 1
+    corpus = Texts([tmp_path / "a.jsonl"], 0, 64)
+    args = train_tiny.Namespace(seed=0, batch=8, without=[])
+    drawn = train_tiny.draw_step(corpus, model.config, 3, 0.9, args)
+    assert drawn.masked.any() and not (drawn.masked & ~drawn.batch.learnt).any()
+    assert "whale" in tokenizer.decode(drawn.batch.tokens[drawn.batch.learnt].tolist())
+    assert not torch.equal(drawn.masked, drawn.batch.learnt), "some of them, by the noise level"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -242,7 +266,7 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
     (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
     (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
     (["--init", "/nowhere"], "no checkpoint folder at /nowhere"),
-    (["--init", "/nowhere", "--size", "tiny"], "--size tiny: --init brings its own"),
+    (["--init", "/nowhere", "--size", "tiny"], "--size tiny: the model of --init has its own"),
     (["--evaluate", "/nowhere"], "no checkpoint folder at /nowhere")])
 def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message):
     error = run(*arguments, status=2)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..model import Steerling
-from .config_json import read_config, write_config
+from .config_json import config_to_dict, read_config
 from .quantize import quantize, quantize_rows
 from .writing import replacing
 
@@ -184,7 +184,8 @@ def save_model(model: Steerling, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
              if name != LM_HEAD}
-    with replacing(folder / "model.safetensors") as weights:
+    with (replacing(folder / "config.json") as config,
+          replacing(folder / "model.safetensors") as weights):
         save_file(state, weights, metadata={"format": "pt"})
-        write_config(model.config, folder)
-        shutil.copymode(folder / "config.json", weights)  # safetensors' are the owner's alone
+        config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
+        shutil.copymode(config, weights)  # safetensors' files are the owner's alone

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 from ..config import Config, require
-from .writing import replacing
 
 # Architecture switches that the official code offers and this one fixes. A file that asks for
 # anything else is refused, because the weights would load and the text would be silently wrong.
@@ -66,12 +65,6 @@ def config_to_dict(config: Config) -> dict:
     """The hub's flat layout, with every field that the hub's file has."""
     return {"model_type": "steerling", **dataclasses.asdict(config), **FIXED,
             "concept_dim": config.n_embd, "concept_block_size": 4096}
-
-
-def write_config(config: Config, folder: Path) -> None:
-    """Write a checkpoint's config.json."""
-    with replacing(folder / "config.json") as partial:
-        partial.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
 
 
 def read_config(file: Path) -> Config:

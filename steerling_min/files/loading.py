@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ..config import Config
 from ..model import Steerling
 from .tokenizer import RANK_FILE, Tokenizer
 from .checkpoint import require_file
@@ -28,15 +27,7 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
     folder = find_checkpoint(path)
-    tokenizer = load_tokenizer(folder, read_config(require_file(folder, "config.json")))
-    chosen = pick_device(device)
-    if dtype is None:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
-
-
-def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. ValueError where it is not the config's."""
+    config = read_config(require_file(folder, "config.json"))
     instruct = config.eot_id is not None
     if (folder / RANK_FILE).is_file():
         tokenizer = Tokenizer.from_file(folder / RANK_FILE, instruct)
@@ -46,7 +37,10 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
         if getattr(tokenizer, name) != token_id:
             raise ValueError(f"{folder / 'config.json'} says {name} = {token_id}; the tokenizer "
                              f"has {getattr(tokenizer, name)}")
-    return tokenizer
+    chosen = pick_device(device)
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
 
 
 def find_checkpoint(name: str | Path | None) -> Path:

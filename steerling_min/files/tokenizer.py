@@ -1,17 +1,19 @@
 """Text to token ids and back: byte-pair encoding by tiktoken, and the model's special tokens.
 
-The 8B uses tiktoken's `cl100k_base`; the tiny model uses the same class on a rank file of its own.
-A rank file lists byte strings and their rank, which is their id. A word that is in the list is one
-token; any other is cut into bytes, of which the pair of lowest rank is merged first.
+The 8B uses tiktoken's `cl100k_base`; smaller models use the same class on a rank file of their own.
+A rank file lists byte strings and their rank, which is their id. Text is cut into words first. A
+word that is in the list is one token; any other is cut into bytes, of which the pair of lowest rank
+is merged first. Where the ranks come from is `byte_pairs`, at the end.
 """
 
 import base64
 import codecs
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
+import regex  # comes with tiktoken, which needs it too: `re` has no \p{L}, a letter of any script
 import tiktoken
 
 from .writing import replacing
@@ -19,8 +21,11 @@ from .writing import replacing
 RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
 SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order
 INSTRUCT_SPECIALS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# Words keep the space before them; runs of digits, punctuation and white space stand alone.
-TINY_PATTERN = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]|\s"
+# What one token can be at most: letters with their accents, three digits, or punctuation with the
+# line breaks after it, each with the space before it; or white space, but for the space before a
+# word. Every run has a greatest length: tiktoken gives up on white space without end.
+PATTERN = (r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}\n{0,2}"
+           r"|\s{1,16}(?!\S)|\s")
 
 
 class Tokenizer:
@@ -69,7 +74,7 @@ class Tokenizer:
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], instruct: bool = False) -> "Tokenizer":
         """A tokenizer on ranks of one's own; <|endoftext|> follows the last rank."""
-        return cls(tiktoken.Encoding("tiny", pat_str=TINY_PATTERN, mergeable_ranks=ranks,
+        return cls(tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": len(ranks)}), instruct)
 
     @classmethod
@@ -94,17 +99,18 @@ class Tokenizer:
             partial.write_text("".join(lines))
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "Tokenizer":
-        """A vocabulary of at most vocab_size: special tokens, the 256 bytes, and the text's words.
+    def train(cls, text: str, vocab_size: int, instruct: bool = False) -> "Tokenizer":
+        """A vocabulary of at most vocab_size, learnt from a text by `byte_pairs`.
 
-        The most frequent words, with the space before them, become one token each; every other
-        text is still encoded, byte by byte.
+        It is smaller where the text repeats too little. Raises ValueError, naming the least, for a
+        vocab_size that does not hold the 256 bytes and the special tokens.
         """
-        counts = Counter(word.encode() for word in re.findall(TINY_PATTERN, text))
-        words = [word for word, _ in counts.most_common() if len(word) > 1]
-        room = vocab_size - 256 - len(SPECIALS) - 1  # <|endoftext|> is the one more
-        tokens = [bytes([byte]) for byte in range(256)] + words[:room]
-        return cls.from_ranks({token: rank for rank, token in enumerate(tokens)})
+        room = vocab_size - 1 - len(SPECIALS + (INSTRUCT_SPECIALS if instruct else ()))
+        if room < 256:  # <|endoftext|> was the 1
+            raise ValueError(f"a vocabulary of {vocab_size} is too small: the 256 bytes and the "
+                             f"special tokens are {vocab_size - room + 256}")
+        words = Counter(word.encode(errors="replace") for word in regex.findall(PATTERN, text))
+        return cls.from_ranks(byte_pairs(words, room), instruct)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. What looks like a special token in it is ordinary text."""
@@ -161,3 +167,53 @@ class Tokenizer:
             return raw.decode() if token in self.special_ids else repr(raw.decode())
         except UnicodeDecodeError:
             return repr(raw)
+
+
+# ---- byte-pair encoding --------------------------------------------------------------------------
+
+
+def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
+    """Join two neighbouring pieces of a word wherever together they are the token.
+
+    From left to right, each piece in one pair at most: merge([a, a, a], aa) is [aa, a].
+    """
+    merged = []
+    for piece in pieces:
+        if merged and merged[-1] + piece == token:
+            merged[-1] = token
+        else:
+            merged.append(piece)
+    return merged
+
+
+def byte_pairs(words: dict[bytes, int], n: int) -> dict[bytes, int]:
+    """Learn at most n tokens from words and how often each occurs: byte-pair encoding.
+
+    The first 256 tokens are the bytes, and at first a word's pieces are its bytes. Then, over and
+    over, the pair of neighbouring pieces that is most frequent in all words becomes the next token,
+    and is merged in every word. Of equals it is the pair that came up first. It ends early when no
+    pair occurs twice. Returns the tokens and their ranks, 0 to n - 1 (Sennrich et al., arXiv
+    1508.07909). Pairs are known by what they are together: (a, bc) is (ab, c), as in tiktoken,
+    which has the ranks alone. Only words with the merged pair are counted anew: a megabyte takes a
+    second.
+    """
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    spelt, times = [[bytes([b]) for b in word] for word in words], list(words.values())
+    counts, where = Counter(), defaultdict(set)  # of a pair: how often it occurs, in which words
+
+    def count(word: int, sign: int) -> None:
+        for left, right in pairwise(spelt[word]):
+            counts[left + right] += sign * times[word]
+            where[left + right].add(word)
+    for word in range(len(spelt)):
+        count(word, +1)
+    while len(ranks) < n and counts:
+        token = max(counts, key=counts.get)
+        if counts[token] < 2:
+            break
+        ranks.setdefault(token, len(ranks))
+        for word in sorted(where.pop(token)):
+            count(word, -1)
+            spelt[word] = merge(spelt[word], token)
+            count(word, +1)
+    return ranks

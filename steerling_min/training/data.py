@@ -4,7 +4,8 @@ A document is a list of chunks; a chunk is a text and the ids of the known conce
 Documents become `<|bos|> chunk <|endofchunk|> chunk ... <|endoftext|>`, one after the other, and
 windows of the context length are cut from that stream, without padding and without a mask between
 documents. Labels belong to whole chunks; no token has one of its own. A chunk has few of the many
-concepts, so its labels are a short list of ids, not a yes or no for each concept.
+concepts, so its labels are a short list of ids, not a yes or no for each concept. A conversation is
+a chunk, too: of its tokens only the assistant's are learnt, the others are only read.
 
 Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most labels that a chunk has.
 """
@@ -12,26 +13,30 @@ Letters, besides `config.py`'s: N chunks, n tokens of a stream, K the most label
 import hashlib
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..files.cli import printable
 from ..files.labels import Label
 from ..files.tokenizer import Tokenizer
 from . import world
 from .world import Chunk
 
-VOCAB_SIZE = 1024  # at most; the stories' words make 795
+WORD = r" ?[A-Za-z]+| ?[^A-Za-z ]"  # of the stories: 534 of them, each a token
 
 
 class Stream(NamedTuple):
     tokens: Tensor  # (n,) int64
     chunks: Tensor  # (n,) int64, the chunk that a token stands in; -1 for special tokens
     labels: Tensor  # (N, K) int64, the ids of each chunk's concepts, filled up with -1
+    learnt: Tensor = torch.tensor(True)  # (n,) bool, the tokens that may be masked; by default all
 
 
 class Batch(NamedTuple):
@@ -40,26 +45,45 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64
     chunks: Tensor  # (B, T) int64, 0 to N - 1; -1 for special tokens
     labels: Tensor  # (N, K) int64, as in Stream
+    learnt: Tensor = torch.tensor(True)  # (B, T) bool
 
 
 def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
          enough: float = float("inf")) -> Stream:
     """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
-    tokens, chunks, labels = [], [], []
+    tokens, chunks, labels, learnt = [], [], [], []
     for document in documents:
         tokens.append(tokenizer.bos_token_id)
         chunks.append(-1)
+        learnt.append(not document[0].turns)
         for chunk in document:
-            ids = tokenizer.encode(chunk.text)
-            tokens += ids + [tokenizer.endofchunk_token_id]
-            chunks += [len(labels)] * len(ids) + [-1]
+            ids, own = encode_chunk(chunk, tokenizer)
+            tokens += [*ids, tokenizer.endofchunk_token_id]
+            chunks += [-1 if i in tokenizer.special_ids else len(labels) for i in ids] + [-1]
+            learnt += [*own, not chunk.turns]
             labels.append(chunk.concepts)
         tokens[-1] = tokenizer.eos_token_id  # in place of the last <|endofchunk|>
         if len(tokens) >= enough:
             break
     K = max(map(len, labels), default=0)
     filled = torch.tensor([(*ids, *[-1] * (K - len(ids))) for ids in labels], dtype=torch.int64)
-    return Stream(torch.tensor(tokens), torch.tensor(chunks), filled.view(len(labels), K))
+    return Stream(torch.tensor(tokens), torch.tensor(chunks), filled.view(len(labels), K),
+                  torch.tensor(learnt))
+
+
+def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """A chunk's tokens, and which of them are learnt: all, or of a conversation what stands after
+    the assistant's headers, with the special tokens that end its turns."""
+    if not chunk.turns:
+        ids = tokenizer.encode(chunk.text)
+        return ids, [True] * len(ids)
+    ids, learnt, header = [], [], len(tokenizer.encode_chat([]))
+    for role, content in chunk.turns:
+        turn = tokenizer.encode_chat([(role, content)])[:-header]
+        given = header if role == "assistant" else len(turn)
+        ids += turn
+        learnt += [False] * given + [True] * (len(turn) - given)
+    return ids, learnt
 
 
 def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
@@ -70,7 +94,8 @@ def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
     apart = torch.where(chunks >= 0, chunks + N * torch.arange(len(starts))[:, None], -1)
     kept = apart[apart >= 0].unique()  # sorted
     renumbered = torch.searchsorted(kept, apart).masked_fill(apart < 0, -1)
-    return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)])
+    return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)],
+                 stream.learnt.expand_as(stream.tokens)[at])
 
 
 def has_concepts(labels: Tensor, C: int) -> Tensor:
@@ -137,15 +162,17 @@ class Stories:
         self.injected = torch.ones(len(self.labels))
         self.injected[[ids[x.name] for x in world.CONCEPTS if x.id not in world.WORDS]] = 5.0
         if tokenizer is None:
-            rng = random.Random(0)  # one vocabulary, whatever the seed
-            texts = [chunk.text for _ in range(1000) for chunk in world.write_story(rng).chunks]
-            self.tokenizer = Tokenizer.train("\n".join(texts), VOCAB_SIZE)
+            rng = random.Random(0)  # one vocabulary, whatever the seed: bytes, the stories' words
+            words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
+                            for word in re.findall(WORD, chunk.text) if len(word) > 1)
+            pieces = [*map(bytes, zip(range(256))), *(w.encode() for w, _ in words.most_common())]
+            self.tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
         self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
-        stories = ([Chunk(text, tuple(self.ids[c] for c in concepts)) for text, concepts in story]
-                   for story in endless_stories(f"{self.seed} {step}"))
+        stories = ([chunk._replace(concepts=tuple(self.ids[c] for c in chunk.concepts))
+                    for chunk in story] for story in endless_stories(f"{self.seed} {step}"))
         return pack(stories, self.tokenizer, enough=n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
@@ -158,86 +185,107 @@ class Stories:
 
 
 class Texts:
-    """Anyone's own files. The last tenth of all tokens is held out.
+    """Anyone's own files.
 
-    A .jsonl file has a chunk per line, {"text": "...", "concepts": ["name", ...]}; the concepts may
-    be left out. Any other file is plain UTF-8 text whose paragraphs are its chunks, without labels.
-    A file is one document.
+    A plain text file is one document of one chunk, with its line breaks and without labels. In a
+    .jsonl file every line is a chunk, {"text": "...", "concepts": ["name", ...]}; the concepts may
+    be left out. Its chunks are one document, unless neighbouring lines differ in a further field,
+    "document". A line may be a conversation instead, which is a document of its own: {"messages":
+    [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. Then the
+    vocabulary has the chat's special tokens, and only the assistant's words are learnt.
+
+    The last tenth of the tokens is held out. Where there are labels it is a tenth of up to a
+    thousand parts, drawn from all over, since labelled lines are often sorted by their concepts.
     """
 
-    def __init__(self, files: Sequence[Path], seed: int, T: int,
+    def __init__(self, files: Sequence[Path], seed: int, T: int, vocab: int = 1024,
                  tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
-        """T is the window's length, below which no text is enough. A model that is trained further
-        brings its tokenizer, and the labels of all its known concepts; new concepts come after
-        them.
+        """T is the window's length, below which no text is enough; vocab the vocabulary's size, at
+        most. A model that is trained further brings its tokenizer, and the labels of all its known
+        concepts; new concepts come after them.
 
         Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
         """
         self.seed = seed
-        documents = read_documents(files)
-        names = {name for document in documents for _, concepts in document for name in concepts}
+        documents = [document for file in files for document in read_documents(file)]
+        names = {name for chunk in chain(*documents) for name in chunk["concepts"]}
         self.labels = with_new(labels, (Label(0, name) for name in sorted(names)))
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
-        documents = [[Chunk(text, tuple(ids[name] for name in concepts))
-                      for text, concepts in document] for document in documents]
+        documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})),
+                            chunk["messages"]) for chunk in document] for document in documents]
         self.tokenizer = tokenizer or Tokenizer.train(
-            "\n".join(c.text for c in chain(*documents)), VOCAB_SIZE)
-        tokens, chunks, labels = stream = pack(documents, self.tokenizer)
+            "\n".join(chunk.text for chunk in chain(*documents)), vocab,
+            instruct=any(chunk.turns for chunk in chain(*documents)))
+        tokens, chunks, labels, learnt = stream = pack(documents, self.tokenizer)
         self.fingerprint = fingerprint(stream, self.labels)
-        n = len(tokens) * 9 // 10
-        self.training = Stream(tokens[:n], chunks[:n], labels)
-        self.rest = Stream(tokens[n:], chunks[n:], labels)
+        n = len(tokens)
+        part, chosen = torch.arange(n) * 10 // n, torch.tensor(9)
+        if labels.shape[1]:  # a token's part is its chunk's
+            N, parts = len(labels), min(1000, len(labels))
+            part = chunks.cummax(0).values.clamp(min=0) * parts // N
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(parts, generator=generator)[: parts // 10]
+        held_out = torch.isin(part, chosen)  # (n,)
+        self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
+                                    for part in (~held_out, held_out))
         if len(self.rest.tokens) < T:
-            raise ValueError(f"{', '.join(map(str, files))}: {len(tokens)} tokens are too few; the "
-                             f"tenth of them that is held out must fill a window of {T}")
+            raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
+                             f"them that is held out must fill a window of {T}")
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         rng, last = random.Random(f"{self.seed} {step}"), len(self.training.tokens) - T
         return self.training, torch.tensor([rng.randint(0, last) for _ in range(B)])
 
     def held_out(self, B: int, T: int) -> Batch:
-        starts = torch.linspace(0, len(self.rest.tokens) - T, B).long()
+        starts = torch.linspace(0, len(self.rest.tokens) - T, B, dtype=torch.float64).long()
         return cut(self.rest, starts, T)
 
 
-def read_documents(files: Sequence[Path]) -> list[list[tuple[str, list[str]]]]:
-    """A document for each file: its chunks, each a text and the names of its concepts."""
-    return [read_jsonl(file) if file.suffix == ".jsonl" else read_text(file) for file in files]
+FIELDS = {"text", "concepts", "document", "messages"}
+LINE = ('{"text": "...", "concepts": ["name", ...]}, with a text that is not empty and names of '
+        '1 to 200 letters; or {"messages": [{"role": "user", "content": "..."}, ...]} with some of '
+        'the role assistant')
 
 
-def read_text(file: Path) -> list[tuple[str, list[str]]]:
-    """The paragraphs of a text file, none of them labelled."""
+def read_documents(file: Path) -> list[list[dict]]:
+    """The documents of a file, each a list of chunks with text, concepts and messages."""
+    data = file.read_bytes()
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is "
-                         f"{error.object[error.start]:#04x}") from None
-    paragraphs = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n")]
-    return at_least_one(file, [(part, []) for part in paragraphs if part])
-
-
-def read_jsonl(file: Path) -> list[tuple[str, list[str]]]:
-    """The chunks of a .jsonl file and the names of their concepts."""
-    chunks = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            chunk = json.loads(line)
-            text, concepts = chunk["text"], chunk.get("concepts", [])
-            fine = isinstance(text, str) and text and isinstance(concepts, list)
-            fine = fine and all(isinstance(name, str) and name for name in concepts)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            fine = False
-        if not fine:
-            raise ValueError(f'{file}, line {number}: expected {{"text": "...", '
-                             '"concepts": ["name", ...]}, with a text that is not empty')
-        chunks.append((text, concepts))
-    return at_least_one(file, chunks)
-
-
-def at_least_one(file: Path, chunks: list) -> list:
-    if not chunks:
+        line = 1 + data.count(b"\n", 0, error.start)
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start}, in line {line}, is "
+                         f"{data[error.start]:#04x}") from None
+    if "\0" in text:
+        raise ValueError(f"{file} has bytes that are 0: it is no text, or it is not UTF-8")
+    if not text.strip():
         raise ValueError(f"{file} has no text")
-    return chunks
+    if file.suffix.lower() != ".jsonl":
+        return [[{"text": text, "concepts": [], "messages": []}]]
+    lines = [read_line(line, f"{file}, line {number}")
+             for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [list(chunks) for _, chunks in groupby(
+        lines, key=lambda line: line["messages"] or line["document"])]
+
+
+def read_line(line: str, where: str) -> dict:
+    """A line of a .jsonl file, checked: a field that is not known may be one that is misspelt."""
+    unknown, fine = [], False
+    try:
+        chunk = json.loads(line)
+        unknown = sorted(chunk.keys() - FIELDS)
+        names = chunk.setdefault("concepts", [])
+        turns = [(turn["role"], turn["content"]) for turn in chunk.get("messages", [])]
+        text = "\n".join(chain(*turns)) if "assistant" in dict(turns) else chunk["text"]
+        fine = (text.encode() and ("text" in chunk) != bool(turns) and isinstance(names, list)
+                and all(0 < len(name.strip()) <= 200 and name.isprintable() for name in names))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    if unknown:
+        raise ValueError(f"{where}: there is no field '{printable(unknown[0])}', only "
+                         f"{', '.join(sorted(FIELDS))}")
+    if not fine:
+        raise ValueError(f"{where}: expected {LINE}")
+    return {"text": text, "concepts": [name.strip() for name in names], "messages": turns,
+            "document": chunk.get("document")}

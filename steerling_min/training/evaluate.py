@@ -1,4 +1,4 @@
-"""Measure a model of the tiny world: its language, its concepts, its steering.
+"""Measure a model of the tiny world, its language, its concepts, its steering; or of any text.
 
 The grammar knows the truth, so each number is a share or a ratio with a known best value. Held-out
 stories come from a seed that training never uses; samples are drawn with `generate`'s defaults,
@@ -8,6 +8,7 @@ The concept layer is judged by its authors' four measures, under their names (`m
 What is measured besides has another name.
 """
 
+import math
 import random
 import re
 import sys
@@ -18,6 +19,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..attribution import embed_chunks, resembling
@@ -28,7 +30,7 @@ from ..model import Steerling
 from ..steering import Steering
 from ..unmasking import generate
 from . import world
-from .data import Batch, count_tokens, endless_stories, pack
+from .data import Batch, Stream, count_tokens, endless_stories, pack
 from .losses import lift_weights
 from .measures import (alignment, contribution, detection, in_named_words, look, separation,
                        share)
@@ -86,7 +88,7 @@ def held_out_loss(model: Steerling, batch: Batch) -> float:
     config, device = model.config, model.device
     generator = torch.Generator().manual_seed(0)
     t = noise_levels(*batch.tokens.shape, config.diff_block_size, generator)
-    noisy, masked = corrupt(batch.tokens, t, config.mask_token_id, generator)
+    noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     hidden = model.transformer(noisy.to(device))  # with epsilon, what is composed
     logits = model.transformer.lm_head(hidden[masked.to(device)])
     return cross_entropy(logits, batch.tokens[masked].to(device)).item()
@@ -300,6 +302,51 @@ def resemblance(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, flo
         ids, _ = resembling(embedding, corpus, 5)
         same += [topics[i] == topic for i in ids.tolist()]
     return {"resemblance: nearest training chunks of the same topic": share(same)}
+
+
+# ---- anyone's text -------------------------------------------------------------------------------
+
+
+def in_units(nats: float, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, float]:
+    """Nats per token, and what compares models whatever their vocabularies: nats per character and
+    bits per byte of the tokens' text. Special tokens cost, and add no text."""
+    raw = tokenizer.encoding.decode_bytes(
+        [i for i in tokens.flatten().tolist() if i not in tokenizer.special_ids])
+    total = nats * tokens.numel()
+    return {"bound, nats per token": nats,
+            "bound, nats per character": total / len(raw.decode(errors="ignore")),
+            "bound, bits per byte": total / math.log(2) / len(raw)}
+
+
+def per_character(model: Steerling, tokenizer: Tokenizer, batch: Batch) -> float:
+    """The bound in nats per character, roughly: of every second window, with the same noise."""
+    tokens, generator = batch.tokens[::2], torch.Generator().manual_seed(0)
+    bound = likelihood_bound(model, tokens.to(model.device), samples=1, generator=generator)
+    return in_units(bound.mean().item(), tokens, tokenizer)["bound, nats per character"]
+
+
+def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 200
+                 ) -> dict[str, float]:
+    """The bound on at most n windows, spread over a held-out stream; each stands alone, so that its
+    first block is predicted from nothing. With labels that differ between the windows' chunks, how
+    well concepts are detected, and what they contribute."""
+    C, T = model.config.n_concepts, model.config.block_size
+    n, last = min(n, len(rest.tokens) // T), len(rest.tokens) - T
+    at = torch.linspace(0, last, n, dtype=torch.float64).long()[:, None] + torch.arange(T)  # (n, T)
+    tokens, generator = rest.tokens[at], torch.Generator().manual_seed(0)
+    bounds = [likelihood_bound(model, windows.to(model.device), samples=2, generator=generator)
+              for windows in tokens.split(8)]
+    found = in_units(torch.cat(bounds).mean().item(), tokens, tokenizer)
+    labels = rest.labels.where(rest.labels < C, -1)  # without concepts that the model lacks
+    stream = Stream(tokens.flatten(), rest.chunks[at].flatten(), labels)
+    named = torch.zeros(n * T, dtype=torch.bool)
+    clean, uniform = (look(model, stream, named, t, n) for t in (0, None))
+    if (clean.labels.any(0) & ~clean.labels.all(0)).any():
+        area, left_out = detection(clean.present, clean.labels)
+        found |= {"detection: macro AUC": area,
+                  "... concepts left out: in no chunk, or in all": left_out,
+                  "contribution: known + discovered (Eq. 22)": sum(contribution(uniform.parts)[:2])}
+    return found
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A training run and its folder: options, data, state and model.
 
-The folder holds a model that loads, from the first step on and after every save, and beside it:
+The folder holds a model that loads, from before the first step on and after every save, and beside
+it what the run needs to go on:
 
     run.json              what the model is trained on, and how: options and the data's fingerprint
     training.safetensors  how far it is: the weights and AdamW's two moments of each; as metadata
@@ -27,32 +28,31 @@ import torch
 from filelock import FileLock, Timeout  # torch depends on it
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import AdamW
 
-from ..config import Config
-from ..files.checkpoint import INDEX, read_header, require_file
-from ..files.config_json import read_config, write_config
+from ..files.checkpoint import INDEX, read_header
 from ..files.labels import GET_LABELS, LABELS, Label, Labels, load_labels, write_labels
-from ..files.loading import find_checkpoint, find_labels, load_tokenizer
+from ..files.loading import find_labels, load
 from ..files.tokenizer import RANK_FILE, Tokenizer
 from ..files.writing import replacing
 from ..model import Steerling
+from .data import Stories, Texts
 from .distributed import RANK, WORLD
 
 RUN, STATE, LOCK = "run.json", "training.safetensors", "run.lock"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
-NOT_KEPT = ("out", "resume", "evaluate")     # options that are about a folder, not about its run
+NOT_KEPT = ("out", "resume", "evaluate")  # options that are about a folder, not about its run
 FREE = ("steps", "minutes", "text", "device", "compile")  # they may change when a run goes on
 PARENT = os.getppid()
-SIGPIPE = 13  # as in `signal`, but on Windows
 
 
-def read_run(folder: Path) -> tuple[dict, str]:
-    """The options of the run in a folder, by name, and its data's fingerprint."""
+def read_run(folder: Path) -> dict:
+    """What run.json says: {"options": {name: value}, "data": fingerprint}."""
     if not (folder / RUN).is_file():
         raise FileNotFoundError(f"--resume: {folder} has no {RUN}; leave --resume out to start")
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        return {**run["options"]}, run["data"]
+        return {"options": {**run["options"]}, "data": run["data"]}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{folder / RUN} does not describe a run") from None
 
@@ -65,15 +65,14 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     given = parser.parse_args()
     if not given.resume:
         return given
-    options, _ = read_run(given.out)
+    options = read_run(given.out)["options"]
     if given.steps or given.minutes:  # one of them stands for both
         options |= {"steps": None, "minutes": None}
     words = []  # the options as on a command line, so that the parser checks them
     for name, value in options.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
-        elif value not in (None, False):
-            words.append(f"--{name}" if value is True else f"--{name}={value}")
+        if value not in (None, False, []):
+            values = value if isinstance(value, list) else [value] if value is not True else []
+            words += [f"--{name}", *map(str, values)]
     was, now = (vars(parser.parse_args(words + more)) for more in ([], sys.argv[1:]))
     other = [f"{name} = {was[name]}, not {now[name]}" for name in was
              if name not in NOT_KEPT + FREE and was[name] != now[name]]
@@ -83,122 +82,112 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 
 class Run:
-    """A run in progress. A context: inside it the folder is this process's alone."""
+    """A run in progress. A context, at whose end it no longer has its folder to itself."""
 
     def __init__(self, args: Namespace):
+        """Raises ValueError or OSError where this run would overwrite another, or a model."""
         self.folder, self.resumed = args.out, args.resume
         self.options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
         self.labels, self.n_known = Labels([], 0, 0), 0  # of the model that the run starts from
         self.step, self.seconds, self.history = 0, 0.0, []
-        self.signals = []               # that asked it to stop
+        self.signals = []  # that asked it to stop
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.lock = FileLock(self.folder / LOCK, timeout=0)
+        if RANK > 0:
+            return
+        if (self.folder / RUN).exists() and not self.resumed:
+            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, "
+                             "another --out starts a new one")
+        held = [x for x in (INDEX, "model.safetensors") if (self.folder / x).exists()]
+        if held and not (self.folder / LOCK).exists():  # else a run left it in its first save
+            raise ValueError(f"{self.folder} holds a model ({held[0]}), and no run that could go "
+                             "on: train into another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"another process trains in {self.folder}") from None
+        for rest in self.folder.glob(".tmp??????"):  # safetensors' half-written files
+            rest.unlink()
 
     def __enter__(self) -> "Run":
-        """Raise ValueError or OSError where this run would overwrite another, or a model."""
-        if RANK == 0:
-            begun = (self.folder / STATE).exists()
-            models = [x for x in ("model.safetensors", INDEX) if (self.folder / x).exists()]
-            if INDEX in models or models and not begun:
-                raise ValueError(f"{self.folder} holds a model ({models[-1]}), and no run that "
-                                 "could go on: train into another --out")
-            if begun and not self.resumed:
-                raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, "
-                                 "another --out starts a new one")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                self.lock.acquire()
-            except Timeout:
-                raise ValueError(f"another process trains in {self.folder}") from None
-            for rest in self.folder.glob(".tmp??????"):  # safetensors' half-written files
-                rest.unlink()
         return self
 
     def __exit__(self, *error) -> None:
         self.lock.release()
 
-    def start_from(self, name: str | None, device: torch.device
-                   ) -> tuple[Steerling, Tokenizer, list[Label]]:
-        """What this run goes on from, its own folder or else the checkpoint that `name` means: the
-        model, its tokenizer, and a label for each of its concepts (none if none has a name).
+    # ---- how it begins ---------------------------------------------------------------------------
 
-        A run's own model comes without weights, which `load` fills in.
-        """
-        folder = self.folder if self.resumed else find_checkpoint(name)
-        config = read_config(require_file(folder, "config.json"))
-        tokenizer = load_tokenizer(folder, config)
-        self.labels = load_labels(folder / (LABELS + ".csv") if self.resumed else find_labels(name),
-                                  config)
-        model = (Steerling(config).to(device) if self.resumed else
-                 Steerling.from_pretrained(folder, device))
-        self.n_known = config.n_concepts if self.labels.known else 0
+    def start_from(self, name: str | None, device: torch.device
+                   ) -> tuple[Steerling | None, Tokenizer | None, list[Label]]:
+        """What this run goes on from, its own folder or else the checkpoint that `name` means: a
+        model, its tokenizer, and a label for each of its concepts (none if none has a name)."""
+        if not (self.resumed or name):
+            return None, None, []
+        own = self.folder / (LABELS + ".csv") if self.resumed else None
+        model, tokenizer = load(self.folder if own else name, str(device), torch.float32)
+        for p in model.parameters():  # no longer where the file is mapped: how a product is rounded
+            p.data = p.data.clone()   # depends on where in memory its factors begin
+        self.labels = load_labels(own or find_labels(name), model.config)
+        self.n_known = model.config.n_concepts if self.labels.known else 0
         return model, tokenizer, [self.labels.label(concept) for concept in range(self.n_known)]
 
-    def begin(self, config: Config, corpus) -> None:
-        """Check the data, and write down all of the run that training does not change.
+    def begin(self, model: Steerling, optimizer: AdamW, corpus: Stories | Texts) -> None:
+        """Put the state of a run that goes on back into model and optimizer, or save that of a new
+        one, before its first step: what cannot be saved is found now.
 
-        Raises ValueError where they are not the data that the run began with, or have concepts that
-        cannot be told from the model's own.
+        Raises ValueError where the data are not those that the run began with, or have concepts
+        that cannot be told from the model's own.
         """
-        if self.resumed and corpus.fingerprint != read_run(self.folder)[1]:
-            raise ValueError(f"--resume: the text, or its concepts' names, are not those that the "
-                             f"run in {self.folder} began with")
-        if corpus.labels and self.labels.n_known > 1 and not self.labels.known:
+        if self.resumed:
+            if corpus.fingerprint != read_run(self.folder)["data"]:
+                raise ValueError("--resume: the text, or its concepts' names, are not those that "
+                                 f"the run in {self.folder} began with")
+            self.load(model, optimizer)
+        elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
             raise ValueError("the text has concepts, and the model that the run starts from has "
                              f"none with a name, so they cannot be matched; {GET_LABELS}")
+        elif RANK == 0:
+            if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
+                corpus.tokenizer.save(self.folder / RANK_FILE)
+            write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
+                                model.config.n_concepts, model.config.n_unknown_concepts),
+                         self.folder)
+            self.save(model, optimizer)
         if RANK == 0:
             run = {"options": self.options, "data": corpus.fingerprint}
             with replacing(self.folder / RUN) as partial:
                 partial.write_text(json.dumps(run, indent=2, default=lambda x: str(x.absolute())))
-            if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
-                corpus.tokenizer.save(self.folder / RANK_FILE)
-            labels = Labels([*corpus.labels, *self.labels.unknown.values()], config.n_concepts,
-                            config.n_unknown_concepts)
-            write_labels(labels, self.folder)
-            write_config(config, self.folder)
 
-    # ---- its state -------------------------------------------------------------------------------
-
-    def save(self, model: Steerling, optimizer: torch.optim.AdamW) -> None:
-        """Write state and model; those before them stay until these are complete."""
-        tensors = {}
-        for name, p in model.named_parameters():  # a tied parameter comes once
-            tensors[f"weights.{name}"] = p.detach().cpu()
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = optimizer.state[p][moment].cpu()
+    def save(self, model: Steerling, optimizer: AdamW) -> None:
+        """Write model and state; those before them stay until these are complete."""
+        model.save_pretrained(self.folder)
+        tensors = {name: x.cpu() for name, x in tensors_of(model, optimizer).items()}
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         with replacing(self.folder / STATE) as partial:
             save_file(tensors, partial, metadata={"run": json.dumps(progress)})
-        model.save_pretrained(self.folder)
 
-    def load(self, model: Steerling, optimizer: torch.optim.AdamW) -> None:
-        """Put a state back into model and optimizer. Raises FileNotFoundError when there is none,
-        ValueError when it is damaged, or not that of this model."""
-        if not (self.folder / STATE).is_file():
-            raise FileNotFoundError(f"--resume: {self.folder} has no {STATE}; leave --resume out "
-                                    "to start")
-        expected = {f"{part}.{name}": ("F32", [] if part == "step" else list(p.shape))
-                    for name, p in model.named_parameters() for part in ("weights", *MOMENTS)}
-        found = {name: (stored["dtype"], stored["shape"])
-                 for name, stored in read_header(self.folder / STATE).items()}
+    def load(self, model: Steerling, optimizer: AdamW) -> None:
+        """Put a state back. Raises ValueError when it is damaged, or not of this model."""
+        file, tensors = self.folder / STATE, tensors_of(model, optimizer)
+        expected = {name: ("F32", list(x.shape)) for name, x in tensors.items()}
+        found = {name: (x["dtype"], x["shape"]) for name, x in read_header(file).items()}
         for name in expected | found:
             if found.get(name) != expected.get(name):
-                raise ValueError(f"{self.folder / STATE}: {name} is {found.get(name)}; this run's "
-                                 f"model has {expected.get(name)}")
-        with safe_open(self.folder / STATE, framework="pt") as f, torch.no_grad():
-            self.step, self.seconds, self.history = read_progress(f.metadata(), self.folder / STATE)
-            for name, p in model.named_parameters():
-                p.copy_(f.get_tensor(f"weights.{name}"))
-                for moment in MOMENTS:
-                    optimizer.state[p][moment] = f.get_tensor(f"{moment}.{name}").to(p.device)
+                raise ValueError(f"{file}: {name} is {found.get(name)}; this run's model has "
+                                 f"{expected.get(name)}")
+        with safe_open(file, framework="pt") as f:
+            self.step, self.seconds, self.history = read_progress(f.metadata(), file)
+            for name, x in tensors.items():
+                x.copy_(f.get_tensor(name))
 
     # ---- while it trains -------------------------------------------------------------------------
 
     def stopped(self) -> int:
-        """The signal that has asked this process to stop, or 0. One that torchrun started stops
-        when torchrun is gone, too."""
+        """The signal that has asked this process to stop, or 0. Of several processes each stops
+        when torchrun, which started them, is gone, too."""
         orphaned = WORLD > 1 and os.getppid() != PARENT
-        return next(iter(self.signals), signal.SIGTERM if orphaned else 0)
+        return (self.signals or [signal.SIGTERM * orphaned])[0]
 
     @contextmanager
     def stopping_between_steps(self) -> Iterator[None]:
@@ -207,10 +196,7 @@ class Run:
             self.signals.append(number)
             if len(self.signals) > 2:
                 raise KeyboardInterrupt
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in handlers.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, ask)
+        handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -226,7 +212,13 @@ class Run:
         try:
             print("\x1b[K" * self.terminal + line, end="\r" if over else "\n", flush=True)
         except OSError:
-            self.signals.append(SIGPIPE)
+            self.signals.append(13)  # SIGPIPE's number, which Windows lacks
+
+
+def tensors_of(model: Steerling, optimizer: AdamW) -> dict[str, Tensor]:
+    """A state's tensors by name, not copied: weights, and what AdamW keeps of each."""
+    return {f"{part}.{name}": x for name, p in model.named_parameters()  # a tied one comes once
+            for part, x in {"weights": p.detach(), **optimizer.state[p]}.items()}
 
 
 def read_progress(metadata: dict | None, file: Path) -> tuple[int, float, list[dict]]:

@@ -16,6 +16,7 @@ stories, recognise sentences, and give the exact entropy: the limit that trainin
 import math
 import random
 import re
+from collections.abc import Sequence
 from functools import cache
 from statistics import fmean as mean
 from typing import NamedTuple
@@ -62,6 +63,7 @@ WORDS = {CONCEPT_IDS[word]: word for word in named_words()}  # of the concepts t
 class Chunk(NamedTuple):
     text: str
     concepts: tuple[int, ...]  # sorted ids
+    turns: Sequence[tuple[str, str]] = ()  # of a conversation: role and content
 
 
 class Story(NamedTuple):

@@ -25,8 +25,12 @@ def texts_of_world(model: Steerling, steps: int = 30) -> list[str]:
 
 
 def texts_of_file(file: Path) -> list[str]:
-    """The chunks of a training text. Raises ValueError or OSError, naming the file."""
-    return [text for document in read_documents([file]) for text, _ in document]
+    """The chunks of a training text; of a plain text, which has one, its paragraphs.
+
+    Raises ValueError or OSError, naming the file.
+    """
+    chunks = [chunk["text"] for document in read_documents(file) for chunk in document]
+    return chunks if len(chunks) > 1 else [x for x in chunks[0].split("\n\n") if x.strip()]
 
 
 def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: Sequence[int],
