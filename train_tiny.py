@@ -5,6 +5,7 @@
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt --out runs/mine      # on your own text
     python train_tiny.py --text my.txt --evaluate runs/mine # ... and how good that is
+    python train_tiny.py --resume                           # go on after Ctrl-C, or for longer
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
@@ -22,7 +23,6 @@ import gc
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -37,12 +37,13 @@ from torch.nn import functional as F
 from steerling_min import Config, Steerling
 from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
+from steerling_min.files.checkpoint import free_memory
 from steerling_min.files.cli import Parser, one_line_errors
-from steerling_min.files.config_json import config_to_dict, write_generation
-from steerling_min.files.labels import Label, Labels, load_labels, write_labels
+from steerling_min.files.labels import Label, load_labels
 from steerling_min.files.loading import find_labels, load, pick_device
-from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
+from steerling_min.files.tokenizer import Tokenizer
 from steerling_min.files.writing import replacing
+from steerling_min.iguide import rows
 from steerling_min.training.atlas import Atlas
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
@@ -51,15 +52,17 @@ from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_te
                                              print_table, write)
 from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
-from steerling_min.training.resume import STATE, load_state, save_state
+from steerling_min.training.run import Run, parse_options
 
 STEPS = 7_000        # of the bundled model
+VOCAB = 1024         # of a text
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
+PRINT_EVERY = 20     # seconds, where there is no terminal
 SAVE_EVERY = 60      # seconds
 
 SIZES = {  # what differs from Config.tiny()
@@ -119,13 +122,30 @@ def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
 
 
 @torch.no_grad()
-def start_concepts(model: Steerling, lift: Tensor) -> None:
-    """Let every known concept's embedding begin in the direction of the tokens that it lifts, of
-    length CONCEPT_NORM. lift (C, V); a concept that lifts nothing is left as it is."""
+def add_concepts(model: Steerling, C: int) -> None:
+    """Let a model know C concepts, if these are more than it knows: each new one begins as the mean
+    of the others, until `start_concepts`."""
+    known, n = model.known_head, model.known_head.n_concepts
+    if C > n:
+        model.config = dataclasses.replace(model.config, n_concepts=C)
+        for module in (known.concept_predictor, known.concept_embedding):
+            old = module.weight[:n]  # (n, D); the rows after it were padding
+            new = old.mean(0).expand(rows(C, model.config.pad_multiple) - n, -1)
+            module.weight = nn.Parameter(torch.cat([old, new]))
+        known.n_concepts = C
+
+
+@torch.no_grad()
+def start_concepts(model: Steerling, lift: Tensor, n: int = 0) -> None:
+    """Let the embedding of every concept after the first n begin in the direction of the tokens
+    that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (C, V); a
+    concept that lifts nothing is left as it is."""
     directions = lift @ model.transformer.tok_emb.weight  # (C, D)
+    directions[:n] = 0
     given = directions.any(1)
     embedding = model.known_head.concept_embedding.weight[: len(lift)]
-    embedding[given] = CONCEPT_NORM * F.normalize(directions[given], dim=-1)
+    length = embedding[:n].norm(dim=-1).mean() if n else CONCEPT_NORM
+    embedding[given] = length * F.normalize(directions[given], dim=-1)
 
 
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
@@ -134,7 +154,11 @@ def make_optimizer(model: Steerling) -> torch.optim.AdamW:
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     # `train` sets the learning rate; fused: one pass over each parameter
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    for p in model.parameters():  # before the first step, so that it can be saved from the start
+        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    return optimizer
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
@@ -159,7 +183,8 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = 0.0 if "dropout" in args.without else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
-    steering = corpus.labels and progress >= STEER_FROM and "steering" not in args.without
+    labelled = stream.labels.shape[1] > 0
+    steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
     # as when text is written, only where masks stand
@@ -167,64 +192,72 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
-def train(model: Steerling, corpus: Stories | Texts, args: Namespace) -> list[dict]:
-    """Train until `args.steps` steps or `args.minutes` minutes are over; returns the loss curve.
+def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) -> list[dict]:
+    """Train until `args.steps` steps or `args.minutes` minutes are over, or the run is asked to
+    stop; returns the loss curve.
 
-    Every schedule but the warm-up follows `progress`, from 0 to 1.
+    Every schedule but the warm-up follows the progress, from 0 to 1.
     """
-    config, device = model.config, model.device
-    must_match = ("steps", "minutes", "batch", "lr", "seed", "without")  # when the run is resumed
-    settings = {"config": config_to_dict(config), "text": [str(file) for file in args.text or []],
-                **{name: getattr(args, name) for name in must_match}}
+    config, device, dtype = model.config, model.device, getattr(torch, args.dtype)
+    steps, minutes = args.steps or math.inf, args.minutes or math.inf
     optimizer = make_optimizer(model)
-    step, elapsed, history = 0, 0.0, []
-    if args.resume:
-        step, elapsed, history = load_state(args.out, model, optimizer, settings)
+    counted, _ = corpus.windows("counted", 200, config.block_size)
+    counts = count_tokens(counted, config.n_concepts, config.vocab_size)
+    lift = lift_weights(counts).to(device)
+    if RANK == 0 and not counted.labels.shape[1]:
+        run.say("no labels: the presence loss, teacher forcing and steering losses are off")
+    if not args.resume:
+        start_concepts(model, lift, run.n_known)
+    run.begin(model, optimizer, corpus)
     if args.compile:
         model.transformer.compile()
-    counted, _ = corpus.windows("counted", 200, config.block_size)
-    lift = lift_weights(count_tokens(counted, config.n_concepts, config.vocab_size)).to(device)
-    if step == 0:
-        start_concepts(model, lift)
     objective = Objective(model, args.without, lift)
+    if args.init:  # of the model's concepts that are in no chunk the labels say nothing
+        objective.labelled = counts[:-1].any(1).nonzero()[:, 0].to(device)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
-    held_out, first, recent = corpus.held_out(8, config.block_size), step, {}
-    started = saved = printed = time.monotonic()
-    before = elapsed
+    held_out, recent = corpus.held_out(8, config.block_size), {}
+    first, before = run.step, run.seconds
+    started = saved = time.monotonic()
+    printed = -math.inf  # the first step shows at once that it works
 
-    while (progress := max(step / args.steps, agreed(elapsed, device) / (60 * args.minutes))) < 1:
-        draws = draw_step(corpus, config, step, progress, args).to(device)
-        losses = take_step(objective, optimizer, draws, progress,
-                           learning_rate(step, progress, args.lr), args.dtype)
+    def done():
+        return max(run.step / steps, run.seconds / 60 / minutes)
 
-        step, now = step + 1, time.monotonic()
-        elapsed = before + now - started
-        for name, loss in losses.items():
-            recent.setdefault(name, []).append(loss.detach())
-        if RANK > 0:
-            continue  # the first process prints and saves
-        speed = (step - first) * args.batch * config.block_size / (now - started)
-        when = f"{speed:,.0f} tokens/s, {elapsed / 60 * (1 / max(progress, 1e-9) - 1):.1f} min left"
-        if step % LOG_EVERY == 0:
-            means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
-            means["held out"], recent = held_out_loss(model, held_out), {}
-            if args.text:
-                means["nats per character"] = per_character(model, corpus.tokenizer, held_out)
-            if not math.isfinite(sum(means.values())):
-                raise ValueError(f"at step {step} the loss is not a number any more: try a smaller "
-                                 f"--lr than {args.lr}; what was saved before is intact")
-            history.append({"step": step, **means})
-            print_line(step, means, when, "\n")
-            if now - saved > SAVE_EVERY:
-                save_state(args.out, model, optimizer, settings, step, elapsed, history)
-                saved = now
-        elif sys.stdout.isatty() and now - printed > 1:
-            print_line(step, losses, when, "\r")
+    with run.stopping_between_steps():
+        while (progress := agreed(run.stopped() or done(), device)) < 1:
+            draws = draw_step(corpus, config, run.step, progress, args).to(device)
+            losses = take_step(objective, optimizer, draws, progress,
+                               learning_rate(run.step, progress, args.lr), dtype)
+
+            now = time.monotonic()
+            run.step, run.seconds = run.step + 1, before + now - started
+            for name, loss in losses.items():
+                recent.setdefault(name, []).append(loss.detach())
+            logged = run.step % LOG_EVERY == 0
+            if RANK > 0 or not logged and now - printed < (1 if run.terminal else PRINT_EVERY):
+                continue  # the first process prints and saves
+            if logged:
+                losses = {name: torch.stack(x).mean().item() for name, x in recent.items()}
+                losses["held out"], recent = held_out_loss(model, held_out), {}
+                if args.text:
+                    losses["nats per character"] = per_character(model, corpus.tokenizer, held_out)
+                if not math.isfinite(sum(losses.values())):
+                    raise ValueError(
+                        f"at step {run.step} the loss is not a number any more: try a smaller --lr "
+                        f"than {args.lr}; what was saved before is intact")
+                run.history.append({"step": run.step, **losses})
+            speed = (run.step - first) * args.batch * config.block_size / (now - started)
+            left = run.seconds / 60 * (1 / done() - 1)
+            run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
+                f"{name} {loss:.3f}" for name, loss in losses.items()), passing=not logged)
             printed = now
-    if RANK == 0:
-        save_state(args.out, model, optimizer, settings, step, elapsed, history)
-    return history
+            if logged and now - saved > SAVE_EVERY:
+                run.save(model, optimizer)
+                saved = now
+        if RANK == 0:
+            run.save(model, optimizer)
+    return run.history
 
 
 def parse_args() -> Namespace:
@@ -236,7 +269,9 @@ def parse_args() -> Namespace:
     p.add_argument("--lr", type=float, default=6e-3,
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
-    p.add_argument("--size", choices=SIZES, default="tiny", help="of the model")
+    p.add_argument("--size", choices=SIZES, help="of the model (default: tiny)")
+    p.add_argument("--init", metavar="MODEL", help="go on from this checkpoint, with its tokenizer "
+                   "and its concepts; those of the text that it does not know are added")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                    help="train on these files: plain text, each one stream with its line breaks; "
                         'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '
@@ -247,11 +282,14 @@ def parse_args() -> Namespace:
                    help="names of the concepts in --text shard.parquet (FineWeb Atlas)")
     p.add_argument("--top", type=int, default=64, metavar="N",
                    help="how many of its concepts, the most frequent of each type (default: 64)")
-    p.add_argument("--vocab", type=int, default=1024, metavar="N",
-                   help="tokens that are learnt from --text, at most (default: 1024)")
+    p.add_argument("--vocab", type=int, metavar="N",
+                   help=f"tokens that are learnt from --text, at most (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--resume", action="store_true",
+                   help="go on with the run in --out, by its own options; more --steps or "
+                        "--minutes (in all) make it longer: its schedules go on as if it had been "
+                        "planned like that")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
@@ -259,13 +297,18 @@ def parse_args() -> Namespace:
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
                    help="train nothing; measure these models (default: the bundled one), with "
                         "--text on what was held out of it")
-    args = p.parse_args()
+    args = parse_options(p)
+    if not 0 <= RANK < WORLD:
+        p.error("RANK and WORLD_SIZE, which torchrun sets, must be a number and a larger one")
     for name, ok, supported in (
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
             ("top", args.top >= 1, "at least 1"),
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
+            ("out", args.out != Path(), "a folder of the run's own"),
+            ("size", not (args.size and args.init), "the model of --init has its own"),
+            ("vocab", not (args.vocab and args.init), "the model of --init has its own"),
             ("batch", args.batch >= 1 and args.batch % WORLD == 0,
              f"a positive multiple of the {WORLD} processes")):
         if not ok:
@@ -274,9 +317,9 @@ def parse_args() -> Namespace:
                                           for file in args.text or []):
         p.error("--text shard.parquet has numbers for concepts, and --concepts FILE their names: "
                 "give both")
-    args.steps = args.steps or (STEPS if args.minutes is None else math.inf)
-    args.minutes = args.minutes or math.inf
-    args.dtype = getattr(torch, args.dtype)
+    args.steps = args.steps or (STEPS if args.minutes is None else None)
+    if not args.init:
+        args.size, args.vocab = args.size or "tiny", args.vocab or VOCAB
     return args
 
 
@@ -293,7 +336,8 @@ def main() -> None:
                 print_table({name: evaluate(folder, args.device)
                              for name, folder in folders.items()})
         else:
-            run(args)
+            with Run(args) as this:
+                run(args, this)
 
 
 def evaluate_on_text(folder: str | None, args: Namespace) -> None:
@@ -314,61 +358,57 @@ def make_corpus(args: Namespace, T: int, tokenizer: Tokenizer | None = None,
                 labels: Sequence[Label] = ()) -> Stories | Texts:
     """What to train on, in windows of T; tokenizer and labels are those of a model, if any."""
     if not args.text:
-        return Stories(args.seed)
+        return Stories(args.seed, tokenizer, labels)
     if args.concepts:
         return Atlas(args.text, args.seed, T, args.vocab, tokenizer, labels, args.concepts,
                      args.top)
     return Texts(args.text, args.seed, T, args.vocab, tokenizer, labels)
 
 
-def run(args: Namespace) -> None:
-    """Set up, train, save."""
+def run(args: Namespace, this: Run) -> None:
+    """Set up, train, and show how it went."""
     device = pick_device(args.device)
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    corpus = make_corpus(args, SIZES[args.size].get("block_size", Config.tiny().block_size))
-    args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / STATE).exists() and not args.resume:
-        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out "
-                         "starts a new one")
-    model = make_model(args.size, corpus, args.seed).to(device)
+    model, tokenizer, labels = this.start_from(args.init, device)
+    T = (model.config.block_size if model else
+         SIZES[args.size].get("block_size", Config.tiny().block_size))
+    corpus = make_corpus(args, T, tokenizer, labels)
+    model = model or make_model(args.size, corpus, args.seed).to(device)
+    add_concepts(model, len(corpus.labels))
+    require_room(args.batch // WORLD, model.config, device)
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
-        print(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of "
-              f"{model.config.block_size} tokens a step; vocabulary {corpus.tokenizer.vocab_size}; "
-              f"{len(corpus.labels)} known concepts")
-        if not corpus.labels:
-            print("no labels: the presence loss, teacher forcing and steering losses are off")
-    history = train(model, corpus, args)
+        this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of {T} tokens a "
+                 f"step; vocabulary {corpus.tokenizer.vocab_size}; {len(corpus.labels)} known "
+                 "concepts")
+    history = train(model, corpus, args, this)
     if RANK == 0:
-        model.save_pretrained(args.out)
-        corpus.tokenizer.save(args.out / RANK_FILE)
-        if not args.text:  # stories repeat names on purpose, and end
-            write_generation(args.out, max_new_tokens=250, repetition_penalty=1.0, allow_eos=True)
-        write_labels(Labels(corpus.labels, model.config.n_concepts,
-                            model.config.n_unknown_concepts), args.out)
         if history:
-            print(text_curve(history))
+            this.say(text_curve(history))
             try:
                 with replacing(args.out / "loss.png") as partial:
                     save_png(history, partial)
             except ImportError:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
-        print(f"saved to {args.out}")
+        more = "" if this.stopped() else ", with more --steps or --minutes"
+        print(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}", flush=True)
     if WORLD > 1:  # DistributedDataParallel lives on in reference cycles, and keeps threads running
         gc.collect()  # that abort a process which ends before them
         dist.destroy_process_group()
+    if this.stopped():
+        sys.exit(128 + this.stopped())
 
 
-def print_line(step: int, losses: dict, when: str, end: str) -> None:
-    """Step, losses, speed and time left; with end "\\r" the next line is printed over it."""
-    line = f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    line = f"{line}; {when}"
-    if end == "\r":  # a line that wraps could not be overwritten
-        line = line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
-    print(line, end=end, flush=True)
+def require_room(B: int, config: Config, device: torch.device) -> None:
+    """Raise ValueError where a step's B windows cannot fit on the device: each layer keeps at least
+    ten numbers as wide as its state, in float32, until the backward pass."""
+    need = 40 * B * config.block_size * config.n_layers * config.n_embd
+    if need > (free := free_memory(device)):
+        raise ValueError(f"--batch {B * WORLD}: a step takes over {need / 1e9:.0f} GB; "
+                         f"{free / 1e9:.0f} GB are free on {device}")
 
 
 if __name__ == "__main__":

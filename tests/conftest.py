@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from steerling_min import Config, Steerling, Tokenizer
@@ -99,6 +100,46 @@ def tiny_folder(tmp_path_factory) -> Path:
     Steerling(Config.tiny(vocab_size=512)).save_pretrained(folder)
     Tokenizer.train(TEXT, 512).save(folder / "tokenizer.tiktoken")
     return folder
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+SMALL = {"n_layers": 1, "n_embd": 32, "n_head": 2, "n_kv_heads": 1, "block_size": 64}
+SHARED = ["--device", "cpu", "--batch", "4"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run train_tiny.py's main, small and logging often; returns what it prints."""
+    import train_tiny
+
+    def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5):
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), *SHARED,
+                                          *map(str, arguments)])
+        monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
+        monkeypatch.setattr(train_tiny, "WARMUP", 5)
+        monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)
+        monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
+        try:
+            train_tiny.main()
+            ended = 0
+        except SystemExit as error:
+            ended = error.code
+        printed = capsys.readouterr()
+        assert ended == status, printed.err
+        if status == 2:
+            assert len(printed.err.splitlines()) == 1, "one line says what is wrong"
+        return printed.err.strip() if status == 2 else printed.out
+    return run
+
+
+def history_of(folder):
+    with safe_open(folder / "training.safetensors", framework="pt") as f:
+        return json.loads(f.metadata()["run"])["history"]
+
+
+def same_files(a, b, name="model.safetensors"):
+    return (a / name).read_bytes() == (b / name).read_bytes()
 
 
 # ---- the course's check --------------------------------------------------------------------------

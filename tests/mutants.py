@@ -348,12 +348,13 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "losses": "objective train_tiny",
     "model": "checkpoint attribution unmasking sample", "norm": "block backbone model",
     "objective": "train_tiny", "page": "sample", "quantize": "checkpoint sample",
-    "resume": "train_tiny", "sampling": "unmasking cache",
+    "run": "train_tiny", "sampling": "unmasking cache",
     "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
     "unmasking": "cache device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate"}.items()}
 # Not among "all": slow ones, and those that read the package's text, not what it does.
-APART = ("train_tiny", "unmasking", "page", "sample", "distributed", "evaluate", "course", "readme")
+APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course",
+         "readme")
 
 # Generated mutants, named without their line's number, that change nothing: why.
 EQUIVALENT = {

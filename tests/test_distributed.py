@@ -1,9 +1,12 @@
 """Sums over processes. What two processes make of it is tested in test_train_tiny.py."""
 
+import runpy
+
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from steerling_min.training import distributed
 from steerling_min.training.distributed import agreed, mean, total
 
 
@@ -12,6 +15,13 @@ def test_alone_they_are_the_plain_sum_and_mean():
     assert total(x) is x and mean(x).item() == 3.0
     assert mean(x[:0]).item() == 0.0, "the mean of nothing costs nothing"
     assert agreed(5.0, x.device) == 5.0
+
+
+def test_wrong_words_in_the_environment_are_no_number(monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    monkeypatch.setenv("WORLD_SIZE", "0")
+    found = runpy.run_path(distributed.__file__)
+    assert found["RANK"] == -1 and found["WORLD"] == 0, "train_tiny.py says so, in a line"
 
 
 def in_each_of_two(rank, folder):

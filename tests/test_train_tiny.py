@@ -1,11 +1,10 @@
-"""The trainer: its schedules, that it learns, repeatably, through interruptions and in parallel."""
+"""The trainer: its schedules, that it learns, repeatably, and in parallel."""
 
 import json
 import math
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -13,50 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import close
-from safetensors import safe_open
-from safetensors.torch import load_file
+from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
 
 import train_tiny
 from steerling_min import Steerling, load
 from steerling_min.training.data import Stories, Texts
 from steerling_min.files.labels import LABELS
-from steerling_min.training.resume import STATE
 
 ROOT = Path(__file__).parent.parent
-SMALL = {"n_layers": 1, "n_embd": 32, "n_head": 2, "n_kv_heads": 1, "block_size": 64}
 STORIES = Stories(0)
-SHARED = ["--device", "cpu", "--batch", "4"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run train_tiny.py's main, small and logging often; returns its printed lines."""
-    def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5):
-        monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), *SHARED,
-                                          *map(str, arguments)])
-        monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
-        monkeypatch.setattr(train_tiny, "WARMUP", 5)
-        monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)
-        monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
-        try:
-            train_tiny.main()
-            ended = 0
-        except SystemExit as error:
-            ended = error.code
-        printed = capsys.readouterr()
-        assert ended == status, printed.err
-        return printed.err.strip() if status else printed.out
-    return run
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -113,6 +77,33 @@ def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
     assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
 
 
+def test_a_new_concept_begins_as_the_mean_of_those_that_the_model_knows():
+    model = train_tiny.Steerling(CONFIG)  # it knows 8, in 16 rows
+    head = model.known_head
+    before = [head.concept_predictor.weight.clone(), head.concept_embedding.weight.clone()]
+    train_tiny.add_concepts(model, 8)
+    assert model.config == CONFIG, "it knows as many already"
+    train_tiny.add_concepts(model, 17)
+    assert model.config.n_concepts == head.n_concepts == 17
+    for old, module in zip(before, (head.concept_predictor, head.concept_embedding)):
+        assert module.weight.shape == (32, 32) and module.weight.requires_grad
+        assert torch.equal(module.weight[:8], old[:8]), "what it knows is as it was"
+        close(module.weight[8:17], old[:8].mean(0).expand(9, -1), "not the padding's numbers")
+    assert model(torch.tensor([[1, 2]])).known_ids.shape == (1, 2, 2)
+
+
+def test_a_new_concepts_embedding_is_as_long_as_the_others():
+    model = train_tiny.Steerling(CONFIG)
+    embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(8, 20)
+    lift[:, 7] = 1.0
+    before = embedding.detach().clone()
+    train_tiny.start_concepts(model, lift, 6)
+    assert torch.equal(embedding[:6], before[:6]), "the others have learnt theirs"
+    length = before[:6].norm(dim=-1).mean()
+    close(embedding[6].norm(), length, "one scale for all")
+    assert torch.cosine_similarity(embedding[6], model.transformer.tok_emb.weight[7], 0) > 0.999
+
+
 # ---- a step --------------------------------------------------------------------------------------
 
 def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
@@ -145,8 +136,9 @@ def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
 def test_training_learns(run, tmp_path):
     out = run("--steps", 60, "--lr", 0.01)
     rows = [line for line in out.splitlines() if line.startswith("step ")]
-    assert len(rows) == 12 and "tokens/s" in rows[0] and "min left" in rows[0]
-    first, last = (float(row.split("held out ")[1].split(";")[0]) for row in (rows[0], rows[-1]))
+    assert "tokens/s" in rows[0] and "min left" in rows[0]
+    assert rows.pop(0).startswith("step 1:") and len(rows) == 12, "the first shows that it works"
+    first, last = (float(row.split("held out ")[1]) for row in (rows[0], rows[-1]))
     assert "per character" not in out, "the tiny world has its own units"
     assert first > 5.8, "it starts near ln 829 = 6.7"
     assert last < 5.6, "60 steps teach at least how often each token occurs"
@@ -165,14 +157,14 @@ def test_a_run_leaves_a_model_that_loads_and_its_curve(run, tmp_path):
 def test_the_same_seed_gives_the_same_weights(run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("--steps", 4, "--seed", seed, out=tmp_path / name)
-    assert same_weights(tmp_path / "a", tmp_path / "b")
-    assert not same_weights(tmp_path / "a", tmp_path / "c")
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert not same_files(tmp_path / "a", tmp_path / "c")
 
 
 def test_minutes_end_a_run_too(run, tmp_path):
     began = time.monotonic()
     run("--minutes", 0.005)
-    assert time.monotonic() - began < 60 and weights(tmp_path / "out")
+    assert time.monotonic() - began < 60 and (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_parts_can_be_left_out(run):
@@ -180,71 +172,26 @@ def test_parts_can_be_left_out(run):
     assert "presence" not in out and "independence" not in out and "reconstruction" in out
 
 
-# ---- interruptions -------------------------------------------------------------------------------
+# ---- what goes wrong ---------------------------------------------------------------------------
 
 
-def start_process(out, steps):
-    """A run in a process of its own, which can be killed."""
-    code = (f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 5; "
-            "t.SAVE_EVERY = 0; t.WARMUP = 5; t.torch.set_num_threads(1); t.main()")
-    return subprocess.Popen([sys.executable, "-c", code, "--out", str(out), "--steps", str(steps),
-                             *SHARED], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("rank, world", [(-1, 0), (0, 0), (2, 2)])
+def test_a_number_that_torchrun_cannot_have_set_is_one_line(run, monkeypatch, rank, world):
+    monkeypatch.setattr(train_tiny, "RANK", rank)
+    monkeypatch.setattr(train_tiny, "WORLD", world)
+    assert "RANK and WORLD_SIZE" in run(status=2)
 
 
-def test_a_run_that_was_killed_ends_with_the_same_weights(run, tmp_path):
-    run("--steps", 60, out=tmp_path / "whole")
-    process = start_process(tmp_path / "killed", 60)
-    for line in process.stdout:  # killed somewhere after step 20, perhaps while it saves
-        if line.startswith("step 20:"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it had not ended"
-    run("--steps", 60, "--resume", out=tmp_path / "killed")
-    assert same_weights(tmp_path / "whole", tmp_path / "killed"), (
-        "what a step draws must follow from the seed and the step alone")
-    steps = [row["step"] for row in history_of(tmp_path / "killed")]
-    assert steps == list(range(5, 61, 5)), "the curve is whole"
+def test_a_batch_that_no_memory_holds_is_refused_at_once(run, tmp_path):
+    assert "--batch 100000000: a step takes over" in run("--batch", 100_000_000, status=2)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["run.lock"]
 
 
-def history_of(folder):
-    with safe_open(folder / STATE, framework="pt") as f:
-        return json.loads(f.metadata()["run"])["history"]
-
-
-def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
-    run("--steps", 5)
-    assert "--resume goes on with it" in run("--steps", 5, status=2)
-
-
-@pytest.mark.parametrize("other, message", [
-    (["--seed", 1], "seed = 0, not 1"), (["--lr", 0.001], "lr = 0.006, not 0.001"),
-    (["--without", "dropout"], "without = [], not ['dropout']"),
-    (["--size", "small"], "config = ")])
-def test_resuming_another_run_is_refused(run, other, message):
-    run("--steps", 5)
-    assert message in run("--steps", 5, "--resume", *other, status=2)
-
-
-def test_nothing_to_resume_is_said(run, tmp_path):
-    assert f"has no {STATE}" in run("--resume", status=2)
-    (tmp_path / "out" / STATE).write_bytes(b"half a fil")
-    message = run("--resume", status=2)
-    assert STATE in message and len(message.splitlines()) == 1
-
-
-def test_a_full_disk_leaves_the_last_good_state(run, tmp_path, monkeypatch):
-    run("--steps", 10)
-    before = (tmp_path / "out" / STATE).read_bytes()
-
-    def fails(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr("steerling_min.training.resume.save_file", fails)
-    message = run("--steps", 10, "--resume", status=2)
-    assert "No space left on device" in message and len(message.splitlines()) == 1
-    assert (tmp_path / "out" / STATE).read_bytes() == before
-    assert not list((tmp_path / "out").glob("*.partial"))
+def test_an_exercise_that_is_still_blank_is_one_line(run, monkeypatch):
+    def blank(*args):
+        raise NotImplementedError("exercise: corrupt")
+    monkeypatch.setattr(train_tiny, "corrupt", blank)
+    assert "the exercise corrupt is not written yet" in run("--steps", 1, status=2)
 
 
 def test_a_run_that_diverges_is_ended_with_a_hint(run, monkeypatch):
@@ -318,6 +265,8 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
     (["--seed", -1], "--seed -1"), (["--size", "huge"], "invalid choice: 'huge'"),
     (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
     (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
+    (["--init", "/nowhere"], "no checkpoint folder at /nowhere"),
+    (["--init", "/nowhere", "--size", "tiny"], "--size tiny: the model of --init has its own"),
     (["--evaluate", "/nowhere"], "no checkpoint folder at /nowhere")])
 def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message):
     error = run(*arguments, status=2)

@@ -5,6 +5,7 @@ can be wrong is looked for in the files' headers, before the first weight is rea
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -91,18 +92,21 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
     return found
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; infinitely many where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return int(found[1]) * 1024 if found else math.inf  # not every kernel says
+    return math.inf
+
+
 def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, int8: bool) -> None:
     """Raise ValueError, with the gigabytes missing, when the weights cannot fit on the device."""
     need = sum(parameter.numel() * (1 if int8 and parameter.dim() == 2 else dtype.itemsize)
                for parameter in model.parameters())
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "cpu" and Path("/proc/meminfo").is_file():
-        meminfo = Path("/proc/meminfo").read_text()
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo)
-        free = int(found[1]) * 1024 if found else need  # not every kernel says
-    else:
-        return  # the system does not say
+    free = free_memory(device)
     if need > free:
         raise ValueError(
             f"the weights take {need / 1e9:.1f} GB in {'int8' if int8 else dtype} and "

@@ -137,29 +137,43 @@ def fingerprint(stream: Stream, labels: Sequence[Label]) -> str:
     return read.hexdigest()[:16]
 
 
+def with_new(labels: Sequence[Label], more: Iterable[Label]) -> list[Label]:
+    """A model's labels, and after them those of `more` that have other names."""
+    names = {label.name for label in labels}
+    new = [label for label in more if label.name not in names]
+    return [*labels, *(label._replace(id=i) for i, label in enumerate(new, start=len(labels)))]
+
+
 class Stories:
     """The tiny world's stories: endless, all labelled, the truth known.
 
     Every draw follows from the seed and the step, so a run can go on from any step.
     """
 
-    labels = world.CONCEPTS
-    # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a mood
-    # or a form is in many words, and takes more practice than a single word.
-    injected = torch.tensor([1.0 if label.id in world.WORDS else 5.0 for label in labels])
-
-    def __init__(self, seed: int):
-        self.seed = seed
-        rng = random.Random(0)  # one vocabulary, whatever the seed: bytes, and the stories' words
-        words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
-                        for word in re.findall(WORD, chunk.text) if len(word) > 1)
-        pieces = [*map(bytes, zip(range(256))), *(word.encode() for word, _ in words.most_common())]
-        self.tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
+    def __init__(self, seed: int, tokenizer: Tokenizer | None = None,
+                 labels: Sequence[Label] = ()):
+        """A model that is trained further brings its tokenizer and labels, as in `Texts`."""
+        self.seed, self.tokenizer = seed, tokenizer
+        self.labels = with_new(labels, world.CONCEPTS)
+        ids = {label.name: label.id for label in self.labels}
+        self.ids = [ids[label.name] for label in world.CONCEPTS]  # of the world's concepts
+        # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a
+        # mood or a form is in many words, and takes more practice than a single word.
+        self.injected = torch.ones(len(self.labels))
+        self.injected[[ids[x.name] for x in world.CONCEPTS if x.id not in world.WORDS]] = 5.0
+        if tokenizer is None:
+            rng = random.Random(0)  # one vocabulary, whatever the seed: bytes, the stories' words
+            words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
+                            for word in re.findall(WORD, chunk.text) if len(word) > 1)
+            pieces = [*map(bytes, zip(range(256))), *(w.encode() for w, _ in words.most_common())]
+            self.tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
         self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
         """At least n tokens of stories, other ones at every step."""
-        return pack(endless_stories(f"{self.seed} {step}"), self.tokenizer, enough=n)
+        stories = ([chunk._replace(concepts=tuple(self.ids[c] for c in chunk.concepts))
+                    for chunk in story] for story in endless_stories(f"{self.seed} {step}"))
+        return pack(stories, self.tokenizer, enough=n)
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """What a training step reads: a stream, and where its B windows of T tokens start."""
@@ -195,8 +209,7 @@ class Texts:
         self.seed = seed
         documents = [document for file in files for document in read_documents(file)]
         names = {name for chunk in chain(*documents) for name in chunk["concepts"]}
-        new = sorted(names - {label.name for label in labels})
-        self.labels = [*labels, *(Label(i, name) for i, name in enumerate(new, start=len(labels)))]
+        self.labels = with_new(labels, (Label(0, name) for name in sorted(names)))
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
         documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})),
@@ -211,8 +224,8 @@ class Texts:
         if labels.shape[1]:  # a token's part is its chunk's
             N, parts = len(labels), min(1000, len(labels))
             part = chunks.cummax(0).values.clamp(min=0) * parts // N
-            chosen = torch.randperm(parts, generator=torch.Generator().manual_seed(0))
-            chosen = chosen[: parts // 10]
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(parts, generator=generator)[: parts // 10]
         held_out = torch.isin(part, chosen)  # (n,)
         self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
                                     for part in (~held_out, held_out))

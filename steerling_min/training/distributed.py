@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RANK = int(os.environ.get("RANK", 0))         # torchrun sets both
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # processes in all
+# torchrun sets both: this process's number, and how many there are (-1: no number at all)
+RANK, WORLD = (int(said) if said.isdecimal() else -1 for said in (
+    os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")))
 
 
 class Total(torch.autograd.Function):

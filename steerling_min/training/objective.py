@@ -69,6 +69,7 @@ class Objective(nn.Module):
         """lift (C, V): what each concept lifts, from `losses.lift_weights`."""
         super().__init__()
         self.model, self.without, self.lift = model, without, lift
+        self.labelled = slice(None)  # the concepts that labels speak of; or their ids (n,)
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Named losses, scalars, each times its weight: their sum is the loss. progress, 0 to 1, is
@@ -114,7 +115,8 @@ class Objective(nn.Module):
                   "independence": INDEPENDENCE * independence_loss(known, detached)}
         if has_labels:
             labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
-            losses["presence"] = presence_loss(logits, batch.chunks, labels)
+            losses["presence"] = presence_loss(logits[..., self.labelled], batch.chunks,
+                                               labels[:, self.labelled])
             losses["alignment"] = ALIGNMENT * alignment_loss(
                 embedding[: logits.shape[-1]], model.transformer.tok_emb.weight, self.lift)
         if injected is not None:

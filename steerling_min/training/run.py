@@ -1,0 +1,236 @@
+"""A training run and its folder: options, data, state and model.
+
+The folder holds a model that loads, from before the first step on and after every save, and beside
+it what the run needs to go on:
+
+    run.json              what the model is trained on, and how: options and the data's fingerprint
+    training.safetensors  how far it is: the weights and AdamW's two moments of each; as metadata
+                          the step, the seconds and the curve so far
+    run.lock              locked while a process trains here, so that no second one does
+
+Every file appears whole or not at all. A run that was killed ends as an uninterrupted one would.
+There is no generator to save: what a step draws follows from the seed, the step and the progress.
+(--minutes makes progress a matter of the clock: such a run goes on, but not to the same weights.)
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout  # torch depends on it
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+from ..files.checkpoint import INDEX, read_header
+from ..files.labels import GET_LABELS, LABELS, Label, Labels, load_labels, write_labels
+from ..files.loading import find_labels, load
+from ..files.tokenizer import RANK_FILE, Tokenizer
+from ..files.writing import replacing
+from ..model import Steerling
+from .data import Stories, Texts
+from .distributed import RANK, WORLD
+
+RUN, STATE, LOCK = "run.json", "training.safetensors", "run.lock"
+NOT_KEPT = ("out", "resume", "evaluate")  # options that are about a folder, not about its run
+FREE = ("steps", "minutes", "text", "device", "compile")  # they may change when a run goes on
+PARENT = os.getppid()
+
+
+def read_run(folder: Path) -> dict:
+    """What run.json says: {"options": {name: value}, "data": fingerprint}."""
+    if not (folder / RUN).is_file():
+        raise FileNotFoundError(f"--resume: {folder} has no {RUN}; leave --resume out to start")
+    try:
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return {"options": {**run["options"]}, "data": run["data"]}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{folder / RUN} does not describe a run") from None
+
+
+def parse_options(parser: ArgumentParser) -> Namespace:
+    """Parse the command line. With --resume, options that it lacks are those of the run in --out.
+
+    Raises ValueError with the options that a run cannot change.
+    """
+    given = parser.parse_args()
+    if not given.resume:
+        return given
+    options = read_run(given.out)["options"]
+    if given.steps or given.minutes:  # one of them stands for both
+        options |= {"steps": None, "minutes": None}
+    words = []  # the options as on a command line, so that the parser checks them
+    for name, value in options.items():
+        if value not in (None, False, []):
+            values = value if isinstance(value, list) else [value] if value is not True else []
+            words += [f"--{name}", *map(str, values)]
+    was, now = (vars(parser.parse_args(words + more)) for more in ([], sys.argv[1:]))
+    other = [f"{name} = {was[name]}, not {now[name]}" for name in was
+             if name not in NOT_KEPT + FREE and was[name] != now[name]]
+    if other:
+        raise ValueError(f"--resume: the run in {given.out} has {'; '.join(other)}")
+    return Namespace(**now)
+
+
+class Run:
+    """A run in progress. A context, at whose end it no longer has its folder to itself."""
+
+    def __init__(self, args: Namespace):
+        """Raises ValueError or OSError where this run would overwrite another, or a model."""
+        self.folder, self.resumed = args.out, args.resume
+        self.options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
+        self.labels, self.n_known = Labels([], 0, 0), 0  # of the model that the run starts from
+        self.step, self.seconds, self.history = 0, 0.0, []
+        self.signals = []  # that asked it to stop
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.lock = FileLock(self.folder / LOCK, timeout=0)
+        if RANK > 0:
+            return
+        if (self.folder / RUN).exists() and not self.resumed:
+            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, "
+                             "another --out starts a new one")
+        held = [x for x in (INDEX, "model.safetensors") if (self.folder / x).exists()]
+        if held and not (self.folder / LOCK).exists():  # else a run left it in its first save
+            raise ValueError(f"{self.folder} holds a model ({held[0]}), and no run that could go "
+                             "on: train into another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"another process trains in {self.folder}") from None
+        for rest in self.folder.glob(".tmp??????"):  # safetensors' half-written files
+            rest.unlink()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.release()
+
+    # ---- how it begins ---------------------------------------------------------------------------
+
+    def start_from(self, name: str | None, device: torch.device
+                   ) -> tuple[Steerling | None, Tokenizer | None, list[Label]]:
+        """What this run goes on from, its own folder or else the checkpoint that `name` means: a
+        model, its tokenizer, and a label for each of its concepts (none if none has a name)."""
+        if not (self.resumed or name):
+            return None, None, []
+        own = self.folder / (LABELS + ".csv") if self.resumed else None
+        model, tokenizer = load(self.folder if own else name, str(device), torch.float32)
+        for p in model.parameters():  # no longer where the file is mapped: how a product is rounded
+            p.data = p.data.clone()   # depends on where in memory its factors begin
+        self.labels = load_labels(own or find_labels(name), model.config)
+        self.n_known = model.config.n_concepts if self.labels.known else 0
+        return model, tokenizer, [self.labels.label(concept) for concept in range(self.n_known)]
+
+    def begin(self, model: Steerling, optimizer: AdamW, corpus: Stories | Texts) -> None:
+        """Put the state of a run that goes on back into model and optimizer, or save that of a new
+        one, before its first step: what cannot be saved is found now.
+
+        Raises ValueError where the data are not those that the run began with, or have concepts
+        that cannot be told from the model's own.
+        """
+        if self.resumed:
+            if corpus.fingerprint != read_run(self.folder)["data"]:
+                raise ValueError("--resume: the text, or its concepts' names, are not those that "
+                                 f"the run in {self.folder} began with")
+            self.load(model, optimizer)
+        elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
+            raise ValueError("the text has concepts, and the model that the run starts from has "
+                             f"none with a name, so they cannot be matched; {GET_LABELS}")
+        elif RANK == 0:
+            if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
+                corpus.tokenizer.save(self.folder / RANK_FILE)
+            write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
+                                model.config.n_concepts, model.config.n_unknown_concepts),
+                         self.folder)
+            self.save(model, optimizer)
+        if RANK == 0:
+            run = {"options": self.options, "data": corpus.fingerprint}
+            with replacing(self.folder / RUN) as partial:
+                partial.write_text(json.dumps(run, indent=2, default=lambda x: str(x.absolute())))
+
+    def save(self, model: Steerling, optimizer: AdamW) -> None:
+        """Write model and state; those before them stay until these are complete."""
+        model.save_pretrained(self.folder)
+        tensors = {name: x.cpu() for name, x in tensors_of(model, optimizer).items()}
+        progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
+        with replacing(self.folder / STATE) as partial:
+            save_file(tensors, partial, metadata={"run": json.dumps(progress)})
+
+    def load(self, model: Steerling, optimizer: AdamW) -> None:
+        """Put a state back. Raises ValueError when it is damaged, or not of this model."""
+        file, tensors = self.folder / STATE, tensors_of(model, optimizer)
+        expected = {name: ("F32", list(x.shape)) for name, x in tensors.items()}
+        found = {name: (x["dtype"], x["shape"]) for name, x in read_header(file).items()}
+        for name in expected | found:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{file}: {name} is {found.get(name)}; this run's model has "
+                                 f"{expected.get(name)}")
+        with safe_open(file, framework="pt") as f:
+            self.step, self.seconds, self.history = read_progress(f.metadata(), file)
+            for name, x in tensors.items():
+                x.copy_(f.get_tensor(name))
+
+    # ---- while it trains -------------------------------------------------------------------------
+
+    def stopped(self) -> int:
+        """The signal that has asked this process to stop, or 0. Of several processes each stops
+        when torchrun, which started them, is gone, too."""
+        orphaned = WORLD > 1 and os.getppid() != PARENT
+        return (self.signals or [signal.SIGTERM * orphaned])[0]
+
+    @contextmanager
+    def stopping_between_steps(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for `stopped` to be asked; the third of them waits no longer."""
+        def ask(number, frame):
+            self.signals.append(number)
+            if len(self.signals) > 2:
+                raise KeyboardInterrupt
+        handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def say(self, line: str, passing: bool = False) -> None:
+        """Print a line; on a terminal the next one is printed over a passing one. A reader who has
+        had enough (`| head`) asks the run to stop."""
+        over = passing and self.terminal
+        if over:  # a line that wraps could not be printed over
+            line = line[: shutil.get_terminal_size().columns - 1]
+        try:
+            print("\x1b[K" * self.terminal + line, end="\r" if over else "\n", flush=True)
+        except OSError:
+            self.signals.append(13)  # SIGPIPE's number, which Windows lacks
+
+
+def tensors_of(model: Steerling, optimizer: AdamW) -> dict[str, Tensor]:
+    """A state's tensors by name, not copied: weights, and what AdamW keeps of each."""
+    return {f"{part}.{name}": x for name, p in model.named_parameters()  # a tied one comes once
+            for part, x in {"weights": p.detach(), **optimizer.state[p]}.items()}
+
+
+def read_progress(metadata: dict | None, file: Path) -> tuple[int, float, list[dict]]:
+    """Step, seconds and history of a state; ValueError where they are none."""
+    try:
+        step, seconds, history = json.loads((metadata or {})["run"]).values()
+        numbers = [seconds, *(x for row in history for x in row.values())]
+        fine = (type(step) is int and step >= 0 and seconds >= 0
+                and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+                and all({"step", "held out"} <= row.keys() for row in history))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{file} has no step, seconds and loss curve that could be")
+    return step, seconds, history
