@@ -54,12 +54,12 @@ from steerling_min.training.losses import lift_weights
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.run import Run, parse_options
 
-STEPS = 7_000        # of the bundled model
+STEPS = 10_000       # of the bundled model
 VOCAB = 1024         # of a text
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
-DROPOUT = 0.4        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
+DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
 PRINT_EVERY = 20     # seconds, where there is no terminal

@@ -235,6 +235,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("reconstruction: of what the labels leave, to the end",
          "detached, at_masks, forced)", "detached, at_masks, labelled)"),
         ("the head's own losses reach the backbone", "at_masks.detach())", "at_masks)"),
+        ("independence weighs more as known features grow",
+         " / mean(known.detach().square()).sqrt().clamp(min=1e-6)", ""),
         ("residual dropout per token, not per window", "dropped[:, None].expand_as(masked)[masked]",
          "(torch.rand(masked.shape) < dropped.float().mean())[masked]"),
         ("without epsilon the unknown side is detached, too",

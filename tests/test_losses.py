@@ -132,7 +132,7 @@ def test_alignment_is_the_cross_entropy_of_what_the_embedding_alone_promotes():
     embedding, tok_emb = normal(2, D).requires_grad_(), normal(V, D).requires_grad_()
     lift = torch.zeros(2, V, dtype=torch.float64)
     lift[0, 3], lift[0, 5] = 0.25, 0.75  # the second concept lifts nothing
-    p = [math.exp(sum(embedding[0, d].item() * tok_emb[v, d].item() for d in range(D)))
+    p = [math.exp(sum(embedding[0, d].item() * tok_emb[v, d].item() for d in range(D)) / 2)
          for v in range(V)]
     expected = -0.25 * math.log(p[3] / sum(p)) - 0.75 * math.log(p[5] / sum(p))
     loss = alignment_loss(embedding, tok_emb, lift)

@@ -123,8 +123,16 @@ def test_presence_weighs_1_the_others_as_they_say(model):
     expected = RECONSTRUCTION * reconstruction_loss(parts.unknown[MASKED], parts.hidden[MASKED],
                                                     forced[MASKED])
     torch.testing.assert_close(found["reconstruction"], expected)
-    expected = INDEPENDENCE * independence_loss(parts.known[MASKED], parts.unknown[MASKED])
+    known = parts.known[MASKED] / parts.known[MASKED].square().mean().sqrt()
+    expected = INDEPENDENCE * independence_loss(known, parts.unknown[MASKED])
     torch.testing.assert_close(found["independence"], expected)
+    embedding = model.known_head.concept_embedding.weight
+    with torch.no_grad():
+        embedding *= 3
+    larger = losses(model)["independence"]
+    torch.testing.assert_close(larger, found["independence"], msg=(
+        "larger known features must not make independence weigh more: it would forbid the unknown "
+        "head to reconstruct what they leave of the hidden state"))
 
 
 def test_alignment_compares_embeddings_with_the_lift(model):

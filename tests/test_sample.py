@@ -289,7 +289,7 @@ def test_the_model_says_how_it_likes_to_write_and_flags_decide(asked):
                   "--temperature", 0, new=5)
     assert (flags["repetition_penalty"], flags["top_p"], flags["allow_eos"], flags["align"],
             flags["temperature"], flags["new"]) == (1.2, 0.9, False, True, 0, 5)
-    assert asked({"max_new_tokens": 9999}, new=None)["new"] == 256 - 7, "what there is room for"
+    assert asked({"max_new_tokens": 9999}, new=None)["new"] == 256 - 3, "what there is room for"
 
 
 @pytest.mark.parametrize("generation, message", [

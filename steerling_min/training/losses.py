@@ -115,17 +115,22 @@ def lift_weights(counts: Tensor, threshold: float = 2.0) -> Tensor:
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-9)
 
 
-def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor) -> Tensor:
+def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor,
+                   temperature: float = 2.0) -> Tensor:
     """A concept by itself is to promote what it lifts: a cross-entropy, the mean over concepts.
 
     Chunks have labels, tokens do not: from the other losses alone an embedding may as well learn
     what stands beside its word, or at every token of such chunks. So the tokens' distribution under
-    the embedding alone, softmax(tok_emb . embedding), is compared with the lift's weights. This
-    loss is ours, the official ones have none of the kind. tok_emb gets no gradient.
+    the embedding alone, softmax(tok_emb . embedding / temperature), is compared with the lift's
+    weights. A concept's weight is at most 1, so its embedding limits what it can give. At
+    temperature 1 words' concepts were content with 7 logits, where a sure token has 18; at 2 they
+    ask for twice as much. This loss is ours, the official ones have none of the kind. tok_emb gets
+    no gradient.
 
     Args: embedding (C, D); tok_emb (V, D); lift (C, V), as `lift_weights` gives it.
     """
-    return -(lift * (embedding @ tok_emb.detach().T).log_softmax(-1)).sum(-1).mean()
+    logits = embedding @ tok_emb.detach().T  # (C, V)
+    return -(lift * (logits / temperature).log_softmax(-1)).sum(-1).mean()
 
 
 # ---- residual dropout and teacher forcing --------------------------------------------------------

@@ -17,7 +17,7 @@ from ..iguide import UnknownHead, top_concepts
 from ..model import Steerling
 from ..steering import alpha_of, default_layer
 from .data import Batch, has_concepts
-from .distributed import joined
+from .distributed import joined, mean
 from .losses import (alignment_loss, compose, express_loss, independence_loss, known_forcing,
                      presence_loss, reconstruction_loss, respond_loss, unknown_forcing)
 
@@ -28,9 +28,9 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # 5,000 steps. With alignment at 10, not 1, known embeddings grew without end: after 10.6 M tokens
 # known features were larger than the hidden state itself, and epsilon, which has to cancel what is
 # too much, had 29% of the logits.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 10.0, 1.0
+EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 1.0, 4.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
-STRENGTHS = (3.0, 10.0)  # of the injections, in logit units, around what `Steering.amplify` uses
+STRENGTHS = (3.0, 14.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # what a run can do without, to see what it is good for
     "dropout": "residual dropout; epsilon is in every window",
@@ -112,7 +112,10 @@ class Objective(nn.Module):
                                   len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction": RECONSTRUCTION * reconstruction_loss(
                       detached, at_masks, forced),
-                  "independence": INDEPENDENCE * independence_loss(known, detached)}
+                  # of known features brought to mean square 1: else the more they grow, the more
+                  # of the hidden state independence forbids the unknown head to reconstruct
+                  "independence": INDEPENDENCE * independence_loss(
+                      known / mean(known.detach().square()).sqrt().clamp(min=1e-6), detached)}
         if has_labels:
             labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
             losses["presence"] = presence_loss(logits[..., self.labelled], batch.chunks,
