@@ -187,7 +187,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
-    # as when text is written, only where masks stand
+    # only at masked positions, as in sampling
     injected = injected.masked_fill(~masked, -1)[mine] if steering else None
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 

@@ -66,7 +66,7 @@ class KVCache:
     before it, will not change any more, neither will their keys and values. A forward pass given
     a cache runs on the tokens from `length` on, writes their keys and values behind the final
     ones (over whatever an earlier pass left there) and sees both. The caller, who knows which
-    tokens are final, moves `length`: see `cache.cached_hidden`.
+    tokens are final, advances `length`: see `cache.cached_hidden`.
     """
 
     k: Tensor        # (n_layers, B, G, T, d)

@@ -39,7 +39,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
                 cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """x (B, T, D) -> (B, T, D), by the class's two sums, the second on what the first gives.
-        The other arguments are the attention's, cache and layer included."""
+        """x (B, T, D) -> (B, T, D): the two sums of the class, one after the other. The other
+        arguments are passed to the attention."""
         x = x + self.ln_1(self.attn(x, cos, sin, mask, cache, layer))
         return x + self.ln_2(self.mlp(x))

@@ -1,7 +1,7 @@
 """Two ways to the hidden states of the masks: recompute everything, or keep what is final.
 
-The two agree up to rounding. A step of the sampler costs the plain way the whole sequence; the
-cached way pays for the blocks that are still being filled.
+The two agree up to rounding. The plain way computes the whole sequence at every step; the cached
+way computes only the blocks that are still being filled.
 """
 
 from torch import Tensor
@@ -12,8 +12,7 @@ from .model import Steerling
 
 def plain_hidden(model: Steerling, tokens: Tensor, asked: Tensor,
                  injections: dict[int, Tensor]) -> Tensor:
-    """Hidden states (M, D) at the M positions asked for (B, T): the plain way, everything always.
-    """
+    """Hidden states (M, D) at the M positions asked for (B, T), by recomputing everything."""
     return model.transformer(tokens, injections)[asked]
 
 

@@ -44,7 +44,7 @@ class Config:
     clip_qkv: float | None = 10.0    # q, k, v are clamped to +- this; None: no clamp
     # concept layer
     n_concepts: int = 33_732         # C, known (named) concepts
-    topk_known: int = 32             # here only what topk_known_features = None means
+    topk_known: int = 32             # used only when topk_known_features is None
     topk_known_features: int | None = 32  # k, known concepts kept per token
     n_unknown_concepts: int = 101_196  # concepts found without labels
     unknown_topk: int = 128          # k', unknown concepts kept per token

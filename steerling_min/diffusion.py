@@ -1,4 +1,4 @@
-"""Masked diffusion: how text is corrupted, and what a model that undoes it is worth.
+"""Masked diffusion: how text is corrupted, and how good a model that undoes it is.
 
 Forward process: tokens of a text become <|mask|>. The model learns to predict the originals, at
 the masked positions (`token_loss`), and what it predicts there, weighted right, bounds how likely
@@ -17,8 +17,8 @@ from .model import Steerling, require_tokens
 
 def noise_levels(B: int, T: int, S: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw t ~ U(0, 1) for every diffusion block of every sequence. Returns (B, T) on the CPU,
-    constant in a block; blocks are counted from position 0, and the last may be short. The
-    generator is the CPU's, too."""
+    constant in a block. Blocks are counted from position 0, and the last may be short. The
+    generator must be on the CPU."""
     n_blocks = -(-T // S)
     t = torch.rand(B, n_blocks, generator=generator)
     return t.repeat_interleave(S, dim=1)[:, :T]
@@ -28,9 +28,9 @@ def corrupt(tokens: Tensor, t: Tensor, mask_token_id: int,
             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Replace each token by the mask with probability t, independently.
 
-    Args: tokens (B, T) int64, left as they are; t (B, T) in [0, 1], on the CPU, like the generator
-    that one uniform number is drawn from for each token. Returns the noisy tokens and a bool tensor
-    that is True where a token was masked, both (B, T), on the device of tokens.
+    One uniform number is drawn for each token. Args: tokens (B, T) int64, not changed; t (B, T) in
+    [0, 1]; t and generator on the CPU. Returns the noisy tokens and a bool tensor, True where a
+    token was masked, both (B, T), on the device of tokens.
     """
     draws = torch.rand(tokens.shape, generator=generator)
     masked = (draws < t).to(tokens.device)

@@ -2,16 +2,16 @@
 
     hidden = known + unknown + epsilon
 
-`known` is a weighted sum of the embeddings of a few concepts that were named in training. `unknown`
-is the same over concepts that the model found by itself, and that may be named afterwards; Guide
-Labs now calls them *discovered*, and code and checkpoints keep `unknown`. `epsilon` is *defined* as
-what the two leave unexplained.
+`known` is a weighted sum of the embeddings of a few concepts that were named in training.
+`unknown` is the same over concepts that the model found by itself. They may be named afterwards.
+(Guide Labs now calls them *discovered*; code and checkpoints keep `unknown`.) `epsilon` is
+*defined* as what the two leave unexplained.
 The logit of token v is the dot product of this sum with v's embedding. So it splits into a
 contribution of each concept, weight * (embedding . tok_emb[v]), and one of epsilon.
 
-With epsilon present the sum *is* the hidden state (to rounding): plain generation does not depend
-on the concept heads at all; they explain it. The heads determine the logits as soon as a concept's
-weight is edited: epsilon is then left out. (Computed anew it would undo the edit.)
+With epsilon present the sum *is* the hidden state, up to rounding. So plain generation does not
+depend on the concept heads at all: they explain it. Once a concept's weight is edited, epsilon is
+left out, and the heads then determine the logits. (Computed anew, epsilon would undo the edit.)
 """
 
 from dataclasses import dataclass
@@ -130,7 +130,7 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
 
-    The logits of all concepts exist for a part of the tokens at a time: as many tokens as LOGITS
+    Logits of all concepts are computed for a slice of tokens at a time: as many tokens as LOGITS
     numbers have room for, at least one.
     """
     parts = hidden.flatten(0, 1).split(max(1, LOGITS // head.n_concepts))  # (tokens, D) each
@@ -141,7 +141,7 @@ def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor,
 
 def apply_head(head: KnownHead | UnknownHead, hidden: Tensor, edits: dict[int, float] | None,
                positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a head makes of hidden (B, T, D).
+    """Apply a head to the hidden state (B, T, D).
 
     Returns the ids and logits (B, T, k) of its top-k concepts, largest logit first, and its
     features (B, T, D) without and with the edits; a concept's weight is sigmoid(logit).

@@ -72,7 +72,7 @@ class Options:
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Make every token that already stands in the sequence less likely, once each.
+    """Make tokens already present less likely, however often they occur.
 
     A positive logit is divided by the penalty (CTRL, arXiv 1909.05858); any other is multiplied, as
     dividing would make it likelier.
@@ -85,9 +85,9 @@ def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tenso
 
 
 def sort_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (V,), float32 -> logits less the largest, sorted from it down, and their tokens' ids.
+    """logits (V,), float32 -> logits minus their maximum, in descending order, and their token ids.
 
-    Of equals the one with the smaller id comes first. (Subtracting a number from all logits changes
+    Ties go to the smaller id. (Subtracting a number from all logits changes
     no softmax.) Floats of 0 or more are ordered like their bits read as integers, and integers are
     sorted about 30 times as fast: with 100,000 tokens that matters in every draw.
     """
@@ -102,8 +102,8 @@ def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
     p = softmax(logits); k = max(2, 1 + how many of the cumulative probabilities are at most top_p),
     roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k), where H(p) = -sum p ln
     p over all tokens, those of probability 0 (logit -inf: banned) counting 0.
-    Args: logits (V,), largest first. Returns a scalar tensor, and not a number of Python, which
-    would have to wait for a GPU.
+    Args: logits (V,), largest first. Returns a scalar tensor: a Python number would force
+    a GPU synchronisation.
     """
     p = logits.softmax(-1)
     k = (1 + (p.cumsum(-1) <= top_p).sum()).clamp(min=2)

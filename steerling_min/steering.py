@@ -29,7 +29,7 @@ class Injection:
     strength: float            # alpha, or the logits that alpha is to be worth
     layer: int | None = None   # 1-based; None: early to push toward, the middle to push away
     logit_units: bool = True   # alpha = strength / max_v(tok_emb_v . direction); else = strength
-    cutoff_tokens: int | None = None  # stop when so many tokens are committed; None: never
+    cutoff_tokens: int | None = None  # stop once this many tokens are committed; None: never
 
 
 class Suppression(NamedTuple):

@@ -57,9 +57,8 @@ class Int8Embedding(Int8):
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put an Int8 module in the place of every matrix, one after the other, so that the originals
-    are given up on the way. (A matrix that two modules share is then there twice: see
-    `checkpoint.tie`.)"""
+    """Put an Int8 module in the place of every matrix. Each original is freed as it is replaced. (A
+    matrix that two modules share is then there twice: see `checkpoint.tie`.)"""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

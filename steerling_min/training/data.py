@@ -170,7 +170,7 @@ class Stories:
         self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
-        """At least n tokens of stories, other ones at every step."""
+        """At least n tokens of stories, different ones at every step."""
         stories = ([chunk._replace(concepts=tuple(self.ids[c] for c in chunk.concepts))
                     for chunk in story] for story in endless_stories(f"{self.seed} {step}"))
         return pack(stories, self.tokenizer, enough=n)

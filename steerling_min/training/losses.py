@@ -6,8 +6,8 @@ and two losses for steering.
             + respond + express                                 (once injections have begun)
 
 presence teaches the known head, and the backbone below it, which concepts a chunk of text has.
-Reconstruction teaches the unknown head to supply what these leave of the hidden state;
-independence, not to say the same thing as the known one. For these two the trainer computes the
+Reconstruction teaches the unknown head to supply what these leave of the hidden state, and
+independence teaches it not to repeat the known head. For these two the trainer computes the
 unknown features from a detached hidden state: they shape that head alone, not the language below.
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the

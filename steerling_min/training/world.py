@@ -5,7 +5,7 @@
     The waves carried Biscuit to the narrow reef. "Look at the shiny gull," said Mara.
 
 A story is four to seven chunks (two of them above). The first sentence draws a hero, a friend, a
-place and a thing, which come back by name in later chunks: who reads on must remember them. Every
+place and a thing, which come back by name in later chunks: a reader must remember them. Every
 chunk has one topic, often a mood, sometimes a form. It is labelled with them and with each thing
 that it mentions: with most of its words, that is, but not "the" or "until". The first chunk
 above is about the sea, happy, and mentions "old", "sailor", "Mara", "harbour", "dog", "Biscuit",
