@@ -219,8 +219,9 @@ def read_parquet(file: Path) -> tuple[list[str], list]:
 
 @contextmanager
 def open_parquet(file: Path) -> Iterator:
-    """A pyarrow.parquet.ParquetFile that reads little ahead. ImportError without pyarrow, and
-    ValueError for what is no parquet file, each with one line that names the file."""
+    """A pyarrow.parquet.ParquetFile that reads a megabyte at a time, where it would read a whole
+    row group. ImportError without pyarrow, ValueError for what is no parquet file: one line each.
+    """
     try:
         import pyarrow
         from pyarrow import parquet

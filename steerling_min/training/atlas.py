@@ -28,7 +28,7 @@ from .world import Chunk
 
 TYPES = ("content", "tone", "document", "entity")
 COLUMNS = ["chunk_status", "doc_int_id", "chunk_text", *(f"{type}_ids" for type in TYPES)]
-PORTION = 4_000     # chunks of a portion
+PORTION = 2_000     # chunks of a portion
 CHUNK_TOKENS = 200  # about as many tokens a chunk has, where the vocabulary is small
 
 
