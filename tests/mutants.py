@@ -349,7 +349,8 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "unmasking": "cache device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate"}.items()}
 # Not among "all": slow ones, and those that read the package's text, not what it does.
-APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course", "readme")
+APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course",
+         "readme")
 
 # Generated mutants, named without their line's number, that change nothing: why.
 EQUIVALENT = {
