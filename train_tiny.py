@@ -5,7 +5,7 @@
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt --out runs/mine      # on your own text
     python train_tiny.py --text my.txt --evaluate runs/mine # ... and how good that is
-    python train_tiny.py --resume                           # go on after Ctrl-C, or for longer
+    python train_tiny.py --resume --out runs/mine           # go on after Ctrl-C, or for longer
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
 One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
@@ -212,8 +212,8 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) 
     if args.compile:
         model.transformer.compile()
     objective = Objective(model, args.without, lift)
-    if args.init:  # of the model's concepts that are in no chunk the labels say nothing
-        objective.labelled = counts[:-1].any(1).nonzero()[:, 0].to(device)
+    if args.init:
+        objective.silent = ~counts[:-1].any(1).to(device)
     if dist.is_initialized():
         objective = nn.parallel.DistributedDataParallel(objective)
     held_out, recent = corpus.held_out(8, config.block_size), {}
@@ -270,8 +270,9 @@ def parse_args() -> Namespace:
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
     p.add_argument("--size", choices=SIZES, help="of the model (default: tiny)")
-    p.add_argument("--init", metavar="MODEL", help="go on from this checkpoint, with its tokenizer "
-                   "and its concepts; those of the text that it does not know are added")
+    p.add_argument("--init", metavar="MODEL", help="start from this checkpoint, with its "
+                   "tokenizer and its concepts; those of the text that it does not know are added "
+                   "(a smaller --lr forgets less: 0.001 for the bundled model)")
     p.add_argument("--text", type=Path, nargs="+", metavar="FILE",
                    help="train on these files: plain text, each one stream with its line breaks; "
                         'or .jsonl, each line a chunk {"text": "...", "concepts": ["name", ...]} '

@@ -330,9 +330,10 @@ def measure_training(device: str) -> None:
     """The tiny model's training steps against their matrix products alone."""
     def train(steps):
         args = argparse.Namespace(
-            steps=steps, minutes=float("inf"), batch=8, lr=3e-3, seed=0, without=[], text=None,
-            resume=False, compile=False, dtype=torch.float32, out=Path(folder))
-        train_tiny.train(train_tiny.make_model("tiny", corpus, 0).to(device), corpus, args)
+            steps=steps, minutes=None, batch=8, lr=3e-3, seed=0, without=[], text=None, init=None,
+            resume=False, compile=False, dtype="float32", out=Path(folder) / str(steps))
+        with train_tiny.Run(args) as run:
+            train_tiny.train(train_tiny.make_model("tiny", corpus, 0).to(device), corpus, args, run)
 
     corpus, draw_step = train_tiny.Stories(0), train_tiny.draw_step
     times, products = [], []

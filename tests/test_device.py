@@ -162,10 +162,11 @@ def test_int8_weights_are_used_where_they_are(small):
 def test_training_runs_where_the_model_is(card, tmp_path):
     corpus = train_tiny.Stories(0)
     model = on_the_card(train_tiny.make_model("tiny", corpus, 0))
-    args = argparse.Namespace(steps=3, minutes=float("inf"), batch=2, lr=1e-3, seed=0, without=[],
-                              text=None, resume=False, compile=False, dtype=torch.float32,
+    args = argparse.Namespace(steps=3, minutes=None, batch=2, lr=1e-3, seed=0, without=[],
+                              text=None, init=None, resume=False, compile=False, dtype="float32",
                               out=tmp_path)
-    train_tiny.train(model, corpus, args)  # its last steps inject concepts
+    with train_tiny.Run(args) as run:
+        train_tiny.train(model, corpus, args, run)  # its last steps inject concepts
 
 
 def test_a_step_waits_for_the_device_before_its_pass_and_not_after(small, card, monkeypatch):

@@ -220,6 +220,22 @@ def test_without_labels_only_the_supervised_losses_are_off(model):
         "token", "reconstruction", "independence"}
 
 
+def test_of_concepts_that_the_data_never_speaks_of_labels_say_nothing(model):
+    """A model that is trained further keeps what it knows: concepts 0 to 2 here."""
+    objective = Objective(model, [], LIFT)
+    draws = Draws(BATCH._replace(labels=BATCH.labels.where(BATCH.labels > 2, -1)), NOISY, MASKED,
+                  LEVEL, ~NOWHERE, None, STRENGTH)
+    before = objective(draws, 0.1)  # the labels stand in fully
+    objective.silent = torch.arange(8) < 3
+    found = objective(draws, 0.1)
+    model.zero_grad()
+    found["presence"].backward(retain_graph=True)
+    grad = model.known_head.concept_predictor.weight.grad
+    assert (grad[:3] == 0).all() and (grad[3:8] != 0).any(1).all(), "no label is not: absent"
+    assert found["token"] != before["token"], "they are predicted where labels stand in"
+    assert "known_head.concept_predictor" in reached(model, found["token"])
+
+
 def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end():
     seen = set()
     for seed in range(100):

@@ -336,6 +336,45 @@ def test_standard_output_may_be_closed(run, tmp_path, monkeypatch):
 # ---- starting from a checkpoint ------------------------------------------------------------------
 
 
+def test_the_stories_concepts_are_added_to_another_models(run, tmp_path, sentences):
+    run("--steps", 2, "--text", sentences(concept="in the winter"), out=tmp_path / "a")
+    out = run("--steps", 2, "--init", tmp_path / "a")
+    assert "295 known concepts" in out, "the world's 294 come after it"
+
+
+def test_a_text_without_labels_leaves_the_concepts_as_they_are(run, tmp_path, sentences):
+    run("--steps", 2, "--text", sentences(), out=tmp_path / "a")
+    (tmp_path / "a.txt").write_text(400 * "some more of it\n")
+    out = run("--steps", 5, "--init", tmp_path / "a", "--text", tmp_path / "a.txt")
+    assert "no labels" in out and "presence" not in out.split("step 5")[1]
+    assert known(tmp_path / "out") == ["even"]
+
+
+def test_a_model_without_concepts_takes_those_of_the_text(run, tmp_path, sentences):
+    (tmp_path / "a.txt").write_text(400 * "some more of it\n")
+    run("--steps", 2, "--text", tmp_path / "a.txt", out=tmp_path / "a")
+    run("--steps", 2, "--init", tmp_path / "a", "--text", sentences())
+    assert known(tmp_path / "out") == ["even"]
+
+
+def test_discovered_concepts_keep_their_names(run, tmp_path, sentences):
+    run("--steps", 2, "--text", sentences(), out=tmp_path / "a")
+    with (tmp_path / "a" / (LABELS + ".csv")).open("a") as file:
+        file.write("3,Discovery,,unknown,,\n")  # one known concept: discovered concept 2
+    run("--steps", 2, "--init", tmp_path / "a", "--text", sentences("new", "odd"))
+    labels = load_labels(tmp_path / "out" / (LABELS + ".csv"), load(tmp_path / "out")[0].config)
+    assert labels.name(2, "unknown") == "Discovery", "though a known one has come before them"
+
+
+@pytest.mark.parametrize("lines, message", [
+    (400, "none with a name, so they cannot be matched"), (3, "tokens are too few")])
+def test_what_a_checkpoint_cannot_go_on_with_is_one_line(run, tmp_path, sentences, tiny_folder,
+                                                         lines, message):
+    text = sentences()
+    text.write_text("\n".join(text.read_text().splitlines()[:lines]))
+    assert message in run("--init", tiny_folder, "--text", text, "--steps", 2, status=2)
+
+
 def known(folder):
     """The names of the known concepts of a model."""
     labels = load_labels(folder / (LABELS + ".csv"), load(folder)[0].config)

@@ -217,7 +217,7 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
     model, tokenizer = load(tmp_path / "out")
     assert len(tokenizer.encode("This is paragraph")) == 3, "the words are the text's own"
     assert model.config.vocab_size <= 300
-    per_character = float(re.search(r"nats per character ([0-9.]+);", out)[1])
+    per_character = float(re.search(r"nats per character ([0-9.]+)", out)[1])
     out = run("--text", tmp_path / "a.txt", "--evaluate", tmp_path / "out")
     assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
         per_character, rel=0.1)

@@ -69,7 +69,7 @@ class Objective(nn.Module):
         """lift (C, V): what each concept lifts, from `losses.lift_weights`."""
         super().__init__()
         self.model, self.without, self.lift = model, without, lift
-        self.labelled = slice(None)  # the concepts that labels speak of; or their ids (n,)
+        self.silent = None  # (C,) bool, the model's concepts that the data never speaks of, if any
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Named losses, scalars, each times its weight: their sum is the loss. progress, 0 to 1, is
@@ -100,6 +100,11 @@ class Objective(nn.Module):
         unknown = detached.index_put((without_epsilon,), unknown_features(
             model.unknown_head, at_masks[without_epsilon]))
         labelled = labelled_features(batch, embedding)[masked].float()  # (M, D)
+        spoken = slice(None)
+        if self.silent is not None:  # that they have no labels does not mean that they are absent
+            spoken = ~self.silent
+            weights = top.sigmoid() * self.silent[ids]  # (M, k)
+            labelled = labelled + model.known_head.features(ids, weights).float()
         has_labels = batch.labels.shape[1] > 0  # not where the texts have none at all
 
         forcing = known_forcing(progress) if has_labels and "forcing" not in without else 0.0
@@ -118,8 +123,7 @@ class Objective(nn.Module):
                       known / mean(known.detach().square()).sqrt().clamp(min=1e-6), detached)}
         if has_labels:
             labels = has_concepts(batch.labels, logits.shape[-1])  # (N, C)
-            losses["presence"] = presence_loss(logits[..., self.labelled], batch.chunks,
-                                               labels[:, self.labelled])
+            losses["presence"] = presence_loss(logits[..., spoken], batch.chunks, labels[:, spoken])
             losses["alignment"] = ALIGNMENT * alignment_loss(
                 embedding[: logits.shape[-1]], model.transformer.tok_emb.weight, self.lift)
         if injected is not None:
