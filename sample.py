@@ -26,7 +26,7 @@ from steerling_min.files.cli import Parser, one_line_errors, printable
 from steerling_min.files.config_json import GENERATION, read_generation
 from steerling_min.files.labels import GET_LABELS, Label, Labels, load_labels
 from steerling_min.files.loading import find_checkpoint, find_labels
-from steerling_min.files.writing import replacing
+from steerling_min.files.writing import replacing, target
 from steerling_min.sampling import Options
 from steerling_min.steering import SUPPRESS
 from steerling_min.unmasking import Step
@@ -138,18 +138,14 @@ def parse_args() -> argparse.Namespace:
         p.error(f"--suppression {args.suppression:g}: must be 0 or more")
     if args.score and "" in args.score:
         p.error("--score: the text to score is empty")
-    if args.html and args.html == args.svg:
+    files = [target(file) for file in (args.html, args.svg) if file]
+    if len(files) > len(set(files)):
         p.error(f"--html and --svg would both write {args.svg}: give two files")
-    for file in (args.html, args.svg):
-        if file and file.is_dir():
-            p.error(f"{file} is a folder: give the name of a file to write")
-        if file and not file.parent.is_dir():
-            p.error(f"there is no folder {file.parent} to write {file.name} into")
     if args.prompt is None and args.find is None:
         if sys.stdin is None or sys.stdin.isatty():
             p.error("no prompt: give --prompt TEXT, or pipe one in")
         try:
-            args.prompt = sys.stdin.read().rstrip("\n")
+            args.prompt = sys.stdin.read().removeprefix("\ufeff").rstrip("\n")
         except UnicodeDecodeError:
             p.error("the prompt on standard input is not UTF-8 text")
     if args.seed is None:
@@ -369,7 +365,7 @@ def print_json(tokenizer: Tokenizer, last: Step, explained: list[dict],
     samples = [{"text": text, "unwritten": unwritten, **about}
                for (text, unwritten), about in zip(texts_of(tokenizer, last), explained)]
     print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
-                      "samples": samples}, ensure_ascii=False))
+                      "samples": samples}))
 
 
 def print_texts(tokenizer: Tokenizer, last: Step, explained: list[dict],
@@ -397,8 +393,8 @@ def main() -> None:
     with one_line_errors("sample.py", memory="a shorter --max-new-tokens, fewer --num-samples or "
                          "--dtype bfloat16 need less"):
         args = parse_args()
-        if sys.stdout is not None:  # a terminal that lacks a character gets "?" instead of no text
-            sys.stdout.reconfigure(errors="replace")
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character gets "?"
         dtype = getattr(torch, args.dtype) if args.dtype else None
         model, tokenizer = load(args.model, args.device, dtype, args.quantize == "int8")
         labels = labels_for(args, model)

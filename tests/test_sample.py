@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 
 import sample
 from steerling_min import Config, Steerling, Tokenizer, load
@@ -139,6 +140,39 @@ def test_the_figures_follow_from_the_clock(run, tiny_folder, monkeypatch):
     nbytes = sum(4 * p.numel() for p in load(tiny_folder, "cpu")[0].transformer.parameters())
     assert float(figures[4]) == pytest.approx(4 * nbytes / 0.001 / 1e9, abs=0.1), (
         "every step reads the backbone's weights once")
+
+
+def test_a_notebooks_output_will_do(run, monkeypatch):
+    """It is a stream of another kind; `%run sample.py` writes to it."""
+    out = io.StringIO()
+    assert not hasattr(out, "reconfigure")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run("--seed", 1).code == 0 and parts(out.getvalue())
+
+
+def test_json_is_whole_where_the_terminal_is_not_utf8(run, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert run("--prompt", "caf\u00e9", "--json").code == 0
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue())["prompt"] == "caf\u00e9"
+
+
+def test_a_mark_of_byte_order_is_no_part_of_the_prompt(run):
+    assert "\nabcd ab" in run(stdin=io.StringIO("\ufeffabcd ab\n")).out
+
+
+@pytest.mark.parametrize("closed", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("options", ["--find topic", "--watch --max-new-tokens 2 --prompt a"])
+def test_an_output_that_takes_nothing_is_one_line_at_most(closed, options):
+    """A shell's `>&-` closes it: Python then has no sys.stdout at all."""
+    done = subprocess.run(f"{sys.executable} {sample.__file__} {options} {closed}", shell=True,
+                          capture_output=True, text=True)
+    if closed == ">&-":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert (done.returncode, done.stderr) == (
+            2, "sample.py: [Errno 28] No space left on device\n")
 
 
 def test_a_terminal_that_lacks_a_character_gets_the_rest(run, monkeypatch):
@@ -482,7 +516,10 @@ def refusal(result) -> str:
     (["--score", ""], "the text to score is empty"),
     (["--suppression", "-20"], "--suppression -20: must be 0 or more"),
     (["--html", "a.svg", "--svg", "a.svg"], "would both write a.svg"),
-    (["--html", "."], ". is a folder: give the name of a file"),
+    (["--html", "tests/../a.svg", "--svg", "a.svg"], "would both write a.svg"),
+    (["--svg", "/dev/null"], "/dev/null is a folder or a device"),
+    (["--svg", "x" * 300], "File name too long"), (["--prompt=--"], "--prompt=--: -- is no value"),
+    (["--html", "."], "is a folder or a device: give the name of a file"),
     (["--steer", "3=1e38"], "the steering is too strong"),
     (["--chat"], "a chat needs an instruct model"),
     (["--labels", "no/labels.csv"], "No such file or directory: 'no/labels.csv'"),
@@ -537,6 +574,12 @@ def raising(error):
 def test_too_little_memory_is_one_line(run, monkeypatch, error):
     monkeypatch.setattr(sample, "write", raising(error))
     assert "not enough memory" in refusal(run())
+
+
+def test_a_compiler_that_lacks_is_one_line(run, monkeypatch):
+    error = BackendCompilerFailed(None, RuntimeError("No working C++ compiler found\nin /"), None)
+    monkeypatch.setattr(sample, "write", raising(error))
+    assert "--compile needs a C++ compiler" in refusal(run())
 
 
 def test_a_bug_is_not_hidden(run, monkeypatch):

@@ -268,11 +268,13 @@ def test_the_256_bytes_alone_are_a_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    "", "hello\n", "%%% 0\n", "YQ== one\n", "YQ== 0 1\n", b"\xff\xfe\x00",
+    "", "hello\n", "%%% 0\n", lines(BYTES) + "IG9s!!!! 256\n", lines(BYTES + [(b"", 256)]),
+    "YQ== one\n", "YQ== 0 1\n", b"\xff\xfe\x00",
     lines(BYTES[:255] + [(b"\xff", 256)]), lines(BYTES + BYTES[97:98]),
     lines(BYTES + [(b"ab", 255)]), lines(BYTES[:-1]),
-], ids=["empty", "no rank", "not base64", "not a number", "three columns", "binary",
-        "a gap in the ranks", "a line twice", "a rank twice", "a byte missing"])
+], ids=["empty", "no rank", "not base64", "not base64 alone", "no bytes", "not a number",
+        "three columns", "binary", "a gap in the ranks", "a line twice", "a rank twice",
+        "a byte missing"])
 def test_a_malformed_rank_file_is_named(content, tmp_path):
     file = tmp_path / "tokenizer.tiktoken"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())

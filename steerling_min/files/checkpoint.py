@@ -117,8 +117,17 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, i
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: bool) -> Steerling:
     """The model in a checkpoint folder; see `Steerling.from_pretrained`."""
     config = read_config(require_file(folder, "config.json"))
-    with torch.device("meta"):  # shapes only: nothing is allocated until it is read
-        model = Steerling(config)
+    layers = {name.split(".")[2] for file in weight_files(folder) for name in read_header(file)
+              if name.startswith("transformer.blocks.")}
+    if config.n_layers > len(layers):  # there may be a billion to build
+        raise ValueError(f"{folder / 'config.json'} says n_layers = {config.n_layers}; the weights "
+                         f"have {len(layers)} layers")
+    try:
+        with torch.device("meta"):  # shapes only: nothing is allocated until it is read
+            model = Steerling(config)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: its sizes are too large: "
+                         + str(error).partition("\n")[0]) from None
     load_weights(model, folder, device, dtype, int8)
     return model.eval()
 

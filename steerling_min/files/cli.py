@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,12 @@ from safetensors import SafetensorError
 
 class Parser(argparse.ArgumentParser):
     """argparse that says what is wrong in one line, and exits with 2."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in sys.argv[1:] if args is None else args:
+            if re.fullmatch("--[a-z-]+=--", arg):  # argparse would take it for no value at all
+                self.error(f"{arg}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {printable(message, 1000)} (--help lists the options)\n")
@@ -33,17 +40,24 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     Ctrl-C ends with status 130, and a reader that has had enough (`| head`) with 141, as a process
     that SIGPIPE ends.
     """
+    def nowhere():
+        return open(os.devnull, "w", encoding="utf-8")
+
     def end(message):
         print(f"{prog}: {printable(str(message), 1000)}", file=sys.stderr)
         sys.exit(2)
+    sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None: it is closed
     try:
         yield
+        sys.stdout.flush()  # here, where an error is still one line
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to flush to
+        sys.stdout = nowhere()  # nothing more to flush to
         sys.exit(141)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # of no file: the output is full
+            sys.stdout = nowhere()
         end(error)
     except NotImplementedError as error:
         kind, _, name = str(error).partition(": ")
@@ -52,6 +66,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
         end(f"the exercise {name} is not written yet: write it, or (not in a handout) put the "
             f"original back by python -m steerling_min.course restore {name}")
     except (MemoryError, RuntimeError) as error:  # torch's allocators have no type in common
+        if "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]:
+            end("--compile needs a C++ compiler that works: " + str(error).partition("\n")[0])
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         end(f"not enough memory: {memory}")

@@ -81,12 +81,14 @@ class Tokenizer:
     def from_file(cls, path: str | Path, instruct: bool = False) -> "Tokenizer":
         """Read a rank file: a line per token, its bytes in base64, a space, its rank."""
         try:
-            lines = Path(path).read_text().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-        except (ValueError, UnicodeDecodeError) as error:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            ranks = {base64.b64decode(token, validate=True): int(rank)
+                     for token, rank in map(str.split, lines)}
+        except ValueError as error:
             raise ValueError(f"{path} is not a tiktoken rank file: {error}") from None
-        if sorted(ranks.values()) != list(range(len(lines))):
-            raise ValueError(f"{path} is not a tiktoken rank file: its ranks are not 0, 1, 2, ...")
+        if sorted(ranks.values()) != list(range(len(lines))) or b"" in ranks:
+            raise ValueError(f"{path} is not a tiktoken rank file: its ranks are not 0, 1, 2, ..., "
+                             "or a token has no bytes")
         if not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError(f"{path} lacks some of the 256 bytes, and could not encode any text")
         return cls.from_ranks(ranks, instruct)

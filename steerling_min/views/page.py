@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..steering import Steering
 from ..files.tokenizer import Tokenizer
 from ..unmasking import Step
 from .explain import COLOURS, PARTS, explain, legend
+from .watch import live
 
 INPUTS = 5  # input tokens listed for each token
 TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")  # has @PLACES@
@@ -30,8 +32,10 @@ def inputs_of(model: Steerling, tokenizer: Tokenizer, steps: Sequence[Step], pro
     T = steps[0].tokens.shape[1]
     tokens = torch.full((T,), tokenizer.mask_token_id, device=steps[0].tokens.device)
     tokens[: len(prompt)] = torch.tensor(prompt, dtype=tokens.dtype)
-    found = {}
+    found, asked = {}, sum(len(step.ids[row]) for step in steps)
     for step in steps:
+        if live(sys.stderr):
+            print(f"\rtraced {len(found)} of {asked} tokens", end="", file=sys.stderr, flush=True)
         pieces = tokenizer.pieces(tokens.tolist())
         for position, target in zip(step.positions[row].tolist(), step.ids[row].tolist()):
             scores = input_attribution(model, tokens, position, target)  # (T,)
@@ -39,6 +43,8 @@ def inputs_of(model: Steerling, tokenizer: Tokenizer, steps: Sequence[Step], pro
             found[position] = [{"position": i, "text": pieces[i], "contribution": scores[i].item()}
                                for i in best if scores[i] != 0]
         tokens = step.tokens[row]
+    if live(sys.stderr):
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     return found
 
 
