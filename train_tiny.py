@@ -60,6 +60,7 @@ WARMUP = 100         # steps until the peak learning rate; half a cosine down to
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
+TEXT_DROPOUT = 0.1   # the same for --text, which takes longer to learn than the tiny world
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
 PRINT_EVERY = 20     # seconds, where there is no terminal
@@ -180,7 +181,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     B, T = batch.tokens.shape
     t = noise_levels(B, T, config.diff_block_size, generator)
     noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
-    dropout = 0.0 if "dropout" in args.without else DROPOUT
+    dropout = 0.0 if "dropout" in args.without else TEXT_DROPOUT if args.text else DROPOUT
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
     labelled = stream.labels.shape[1] > 0

@@ -1,4 +1,4 @@
-"""The README keeps its word: its files, lengths, commands and numbers are the repository's own."""
+"""The three README pages keep their word: files, lengths, commands and numbers are true."""
 
 import io
 import re
@@ -14,7 +14,9 @@ from steerling_min.course.exercises import EXERCISES, MODIFICATIONS
 from steerling_min.training.evaluate import MEASURES
 from steerling_min.training.objective import PARTS
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {ROOT / name: (ROOT / name).read_text(encoding="utf-8") for name in
+         ("README.md", "tests/README.md", "steerling_min/training/README.md")}
+README = "\n".join(PAGES.values())
 COMMANDS = sorted({line.split("  #")[0].strip() for line in README.splitlines()
                    if re.match(r"    (python|torchrun|pip|echo) ", line)}
                   | set(re.findall(r"`((?:python|torchrun) [^`]+)`", README)))
@@ -94,12 +96,15 @@ def test_every_option_of_a_command_exists(command, helps):
 
 
 def test_its_links_lead_somewhere():
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-               for title in re.findall(r"^#+ (.+)$", README, re.M)}
-    for link in re.findall(r"\]\(#([^)]+)\)", README):
-        assert link in anchors, link
-    for file in re.findall(r'src="([^"]+)"', README):
-        assert (ROOT / file).is_file()
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
+            link = "".join(link)
+            assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+def test_the_first_page_is_read_at_one_sitting():
+    n = len(PAGES[ROOT / "README.md"].split())
+    assert n <= 1800, f"{n} words: what belongs on the page of the tests, or of the training?"
 
 
 def test_its_table_has_every_measure_its_target_and_the_8bs_value():

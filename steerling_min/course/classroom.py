@@ -38,7 +38,7 @@ from .functions import blanked, exchanged, file_of, find, read, write
 TEACHERS = [".ci", "tests/mutants.py", "tests/test_course.py", "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md"))]
-SECTIONS = ("What changed", "Concepts on", "Use it from", "Reading order", "Training, and")
+SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
 # The same author and date make the same commit; nobody's own configuration of git is read.
 WHO = {"NAME": "steerling_min", "EMAIL": "course@localhost", "DATE": "2026-01-01T00:00:00Z"}
 GIT = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
