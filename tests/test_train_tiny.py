@@ -326,7 +326,8 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", 0], "--steps 0: at least 1"), (["--minutes", -1], "--minutes -1"),
     (["--minutes", "nan"], "--minutes nan"), (["--lr", 0], "--lr 0"), (["--batch", 0], "--batch 0"),
-    (["--seed", -1], "--seed -1"), (["--top", 0], "--top 0"), (["--size", "huge"], "invalid choice: 'huge'"),
+    (["--seed", -1], "--seed -1"), (["--top", 0], "--top 0"),
+    (["--size", "huge"], "invalid choice: 'huge'"),
     (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
     (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
     (["--evaluate", "/nowhere"], "no checkpoint folder at /nowhere")])
