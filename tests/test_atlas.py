@@ -140,8 +140,8 @@ def test_a_models_concepts_keep_their_ids_and_new_ones_follow(tmp_path):
 
 def test_portions_follow_each_other_and_begin_again(tmp_path, monkeypatch):
     """A step says which portion it reads: going on from a step reads what was read there before."""
-    monkeypatch.setattr(atlas, "PORTION", 100)
-    monkeypatch.setattr(atlas, "CHUNK_TOKENS", 16)  # a portion serves 1600 / (5 * 32) = 10 steps
+    monkeypatch.setattr(atlas, "PORTION", 32)
+    monkeypatch.setattr(atlas, "DOCUMENT_TOKENS", 50)  # a portion serves 1600 / (5 * 32) = 10 steps
     corpus, again = make(tmp_path, rows_of()), make(tmp_path, rows_of())
     read = [corpus.windows(step, 5, 32) for step in range(80)]
     at_40 = again.windows(40, 5, 32)

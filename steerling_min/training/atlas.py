@@ -15,7 +15,7 @@ their windows are drawn from all of it. After the last document comes the first 
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 
 import torch
@@ -28,8 +28,8 @@ from .world import Chunk
 
 TYPES = ("content", "tone", "document", "entity")
 COLUMNS = ["chunk_status", "doc_int_id", "chunk_text", *(f"{type}_ids" for type in TYPES)]
-PORTION = 2_000     # chunks of a portion
-CHUNK_TOKENS = 200  # about as many tokens a chunk has, where the vocabulary is small
+PORTION = 250            # documents of a portion
+DOCUMENT_TOKENS = 2_000  # about as many tokens a document has, where the vocabulary is small
 
 
 def batches(files: Sequence[Path], columns: list[str]) -> Iterator:
@@ -58,15 +58,6 @@ def most_frequent(files: Sequence[Path], top: int) -> list[tuple[str, int]]:
             sorted(counts[type].items(), key=lambda x: (-x[1], x[0]))[:top]]
 
 
-def take(documents: Iterator[list[Chunk]], n: int) -> list[list[Chunk]]:
-    """The next documents, until they have n chunks."""
-    taken = []
-    while n > 0 and (document := next(documents, None)):
-        taken.append(document)
-        n -= len(document)
-    return taken
-
-
 class Atlas(Texts):
     """A corpus like Texts, of which a tenth of the documents is held out."""
 
@@ -89,7 +80,7 @@ class Atlas(Texts):
                 self.labels.append(new)
         self.injected = torch.ones(len(self.labels))
 
-        first, rest = (take(self.documents(held_out), PORTION) for held_out in (False, True))
+        first, rest = (list(islice(self.documents(side), PORTION)) for side in (False, True))
         self.tokenizer = tokenizer or Tokenizer.train(
             "\n".join(chunk.text for document in first for chunk in document), vocab)
         self.rest = pack(rest, self.tokenizer)
@@ -97,7 +88,7 @@ class Atlas(Texts):
         if min(len(self.rest.tokens), len(self.training.tokens)) < T:
             raise ValueError(f"{', '.join(map(str, files))}: too few documents with chunks of the "
                              f"status ok; the tenth that is held out must fill a window of {T}")
-        self.reader, self.at = self.endless(), -1
+        self.at = float("inf")  # the portion that was read last, beyond any that may come
         self.fingerprint = fingerprint([*self.training, *self.rest], self.labels)
 
     def documents(self, held_out: bool) -> Iterator[list[Chunk]]:
@@ -114,16 +105,13 @@ class Atlas(Texts):
                  for concept in row[f"{type}_ids"] or ()}
         return tuple(sorted(found - {None}))
 
-    def endless(self) -> Iterator[list[Chunk]]:
-        return (document for _ in count() for document in self.documents(held_out=False))
-
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """A step's portion follows from its number alone, so that a run can go on from any step."""
-        portion = 0 if isinstance(step, str) else step * B * T // (PORTION * CHUNK_TOKENS)
+        portion = 0 if isinstance(step, str) else step * B * T // (PORTION * DOCUMENT_TOKENS)
         if portion < self.at:
-            self.reader, self.at = self.endless(), -1
+            self.reader, self.at = (x for _ in count() for x in self.documents(held_out=False)), -1
         if portion > self.at:
-            for _ in range(portion - self.at):
-                documents = take(self.reader, PORTION)
+            skipped = (portion - self.at - 1) * PORTION
+            documents = islice(self.reader, skipped, skipped + PORTION)
             self.training, self.at = pack(documents, self.tokenizer), portion
         return super().windows(step, B, T)
