@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
+from steerling_min.iguide import decompose
 from steerling_min.steering import SUPPRESS, UNLEARN, Injection, Steerer, Steering, alpha_of
 from steerling_min.unmasking import asked_logits
 
@@ -159,6 +160,15 @@ def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):
     old = torch.where(plain.known_ids[0] == 3, plain.known_logits[0].sigmoid(), 0.0).sum(-1)
     promoted = model.transformer.tok_emb.weight @ model.known_head.concept_embedding.weight[3]
     close(edited - plain.logits[0], (2.5 - old)[:, None] * promoted, "and nothing else", 5e-5)
+
+
+def test_an_edit_of_unknown_concepts_alone_reaches_what_is_composed(model):
+    steerer = Steerer(Steering(unknown=((5, 0.0), (7, 3.0))), model)
+    hidden = torch.randn(4, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    expected = decompose(hidden[None], model.known_head, model.unknown_head,
+                         unknown={5: 0.0, 7: 3.0}).composed[0]
+    close(steerer.compose(hidden), expected, "both edits, epsilon dropped")
+    assert not torch.allclose(expected, hidden), "the case needs an edit that is seen"
 
 
 def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
