@@ -83,6 +83,20 @@ def test_line_feeds_and_tabs_are_kept(drawn):
     assert "    " in still(svg)
 
 
+def test_a_line_has_88_columns_and_not_one_more(drawn):
+    svg = drawn([("b" * 87, 0, "tone"), ("cc", 0, "tone"), ("d" * 86, 0, "tone")], "a")
+    lines = {x.text: int(x.get("y")) // module.HEIGHT for x in svg.iter(SVG + "text")}
+    assert (lines["a"], lines["b" * 87], lines["cc"], lines["d" * 86]) == (1, 1, 2, 2)
+
+
+def test_what_is_explained_is_the_first_text_under_its_steering(monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "explain", lambda *args: asked.append(args) or {"tokens": []})
+    animation("model", BYTES, "labels", ["steps"], [97], "steering")
+    assert asked == [("model", BYTES, "labels", ["steps"], 0, "steering")], (
+        "edited weights wrote the text: without the steering other concepts would be shown")
+
+
 @pytest.fixture(scope="module")
 def run():
     model, tokenizer = load()
@@ -98,7 +112,9 @@ def test_the_text_is_all_there_and_fits(run):
     expected = tokenizer.decode(steps[-1].tokens[0].tolist(), specials=True)
     expected = re.sub(r"<\|end\w+\|>", "", expected)
     assert shown.replace(" ", "") == expected.replace(" ", ""), "spaces go where a line ends"
+    left, top, wide, high = map(float, svg.get("viewBox").split())
     for x in svg.iter(SVG + "text"):
         assert float(x.get("x")) + float(x.get("textLength")) <= COLUMNS * module.WIDTH + 1
+        assert top < float(x.get("y")) <= top + high - 5, "the last line is in the picture, too"
     assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"]
     assert "href" not in text and "script" not in text, "nothing is loaded from elsewhere"

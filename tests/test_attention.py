@@ -64,6 +64,19 @@ def test_the_angle_of_pair_j_is_position_times_base_to_the_minus_2j_over_d():
     close(sin[0], torch.tensor([math.sin(a) for a in angles * 2]), "the same angles' sines")
 
 
+def test_angles_are_exact_to_the_end_of_the_longest_context():
+    """With the 8B's numbers. bfloat16 counts to 256 and float16 to 2,048, then they skip."""
+    positions = [1, 255, 257, 2047, 2049, 4094, 4095]
+    cos, sin = rotary_tables(torch.tensor(positions), 128, 500_000.0)
+    angles = torch.tensor([[i * 500_000.0 ** (-2 * j / 128) for j in range(64)] * 2
+                           for i in positions], dtype=torch.float64)
+    for found, expected in ((cos, angles.cos()), (sin, angles.sin())):
+        error = (found - expected).abs().amax(1)  # an angle of 4,095 has 12 bits left of 24
+        assert (error < 1e-3).all(), (
+            f"off by {error.tolist()} at positions {positions}: positions, frequencies and angles "
+            "are float32 numbers, in a half-precision model, too")
+
+
 def test_a_pair_turns_counter_clockwise():
     quarter = torch.full((1, 2), math.pi / 2)
     turned = rotate(torch.tensor([[1.0, 0.0]]), quarter.cos(), quarter.sin())
@@ -105,6 +118,7 @@ def test_attention_is_softmax_over_the_visible_keys():
     torch.manual_seed(0)
     attn = Attention(CONFIG)
     attn.q_norm.weight.data, attn.k_norm.weight.data = torch.rand(8) + 0.5, torch.rand(8) + 0.5
+    attn.c_attn.weight.data *= 20  # a third of q, k and v are clamped
     x, cos, sin, mask = inputs(T=10)
     qkv = (x @ attn.c_attn.weight.T).clamp(-10, 10)
     q, k, v = qkv[..., :32], qkv[..., 32:48], qkv[..., 48:]
@@ -121,8 +135,8 @@ def test_attention_is_softmax_over_the_visible_keys():
                 out[b, i, mine] = p @ v[b, seen, theirs].double()
     expected = out @ attn.c_proj.weight.T.double()
     close(attn(x, cos, sin, mask).double(), expected,
-          "c_attn gives q, k, v, each head after head; norm, then rotation; scores / sqrt(d); two "
-          "query heads to each key/value head; heads side by side into c_proj")
+          "c_attn gives q, k, v, each head after head; clamp, norm, rotation; scores / sqrt(d); "
+          "two query heads to each key/value head; heads side by side into c_proj", atol=1e-4)
 
 
 def test_projections_are_clamped_before_the_heads_are_split():

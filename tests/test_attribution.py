@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from steerling_min.attribution import (Attribution, activations, attribute, attr
                                        average_inputs, chunk_attribution, embed_chunks,
                                        input_attribution, nearest, present, promoted, resembling)
 from steerling_min.training.evaluate import tokens_of
-from steerling_min.steering import Steering
+from steerling_min.steering import Steerer, Steering
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89], [169, 99, 5, 171, 158, 246, 105, 9]]
 
@@ -70,6 +71,11 @@ def test_every_committed_token_is_explained_by_the_step_that_committed_it(model,
         positions, found = attribute_text(model, steps, row, options.get("steering"))
         assert positions.tolist() == list(range(8, 28)), "in the order of the text"
         assert found.tokens.tolist() == steps[-1].tokens[row, 8:].tolist()
+        hidden = torch.cat([step.hidden[row] for step in steps])
+        order = torch.cat([step.positions[row] for step in steps]).argsort()
+        composed = Steerer(options.get("steering", Steering()), model).compose(hidden[order])
+        logits = model.transformer.lm_head(composed).gather(1, found.tokens[:, None])[:, 0]
+        close(total(found), logits, f"row {row}: the logit under the steering's edits")
     if "cfg_scale" in options or "steering" in options:
         return
     # the first commit of row 0 once more, from the sequence as it stood: prompt and masks
@@ -191,7 +197,7 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
     model, tokenizer = load()
     model.requires_grad_(False)
     mask, rng, errors, finer = model.config.mask_token_id, random.Random(1), [], []
-    for _ in range(6):
+    for _ in range(3):
         story = tokens_of(world.write_story(rng), tokenizer)
         L = rng.randint(20, 90)
         tokens, target = torch.tensor(story[:L] + [mask] * 6), story[L]
@@ -199,11 +205,12 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
         logit = model(tokens[None]).logits[0, L, target]
         blind = model(torch.full_like(tokens, mask)[None]).logits[0, L, target]
         errors.append(abs(found.sum() / (logit - blind) - 1).item())
-        found = input_attribution(model, tokens, L, target, steps=128)
+        found = input_attribution(model, tokens, L, target, steps=64)
         finer.append(abs(found.sum() / (logit - blind) - 1).item())
         assert (found[L:] == 0).all() and (found[:L] != 0).all(), "exactly 0 at masks"
-    assert max(errors) < 0.02, "32 steps: within 2 %"
-    assert sum(finer) < 0.4 * sum(errors), "a Riemann sum: four times the steps, a quarter of it"
+    assert max(errors) < 0.02, (
+        f"off by {max(errors):.1%} of the logit's change, not within 2 %, with 32 steps")
+    assert sum(finer) < 0.7 * sum(errors), "a Riemann sum: twice the steps, half the error"
 
 
 def test_a_single_step_is_the_gradient_at_the_input_itself(model):
@@ -235,10 +242,14 @@ def test_a_concept_promotes_the_tokens_that_its_embedding_points_to(model):
     assert top.tolist() == alignment.argsort(descending=True)[:4].tolist(), "of either head"
 
 
-def test_the_nearest_concepts_exclude_itself_and_padding(model):
-    ids, cosine = nearest(model, 3, 100)
-    assert len(ids) == model.config.n_concepts - 1 and 3 not in ids.tolist()
-    assert (cosine[:-1] >= cosine[1:]).all() and cosine.abs().max() <= 1
+def test_the_nearest_concepts_exclude_itself_and_padding():
+    E = torch.tensor([[0.3, 0.4], [0.0, 9.0], [0.1, 0.0], [-5.0, 0.0], [3.0, 4.0], [0.6, 0.8]])
+    model = SimpleNamespace(config=SimpleNamespace(n_concepts=4), known_head=SimpleNamespace(
+        concept_embedding=SimpleNamespace(weight=E)))  # rows 4 and 5 are padding
+    ids, cosine = nearest(model, 0, 2)
+    assert ids.tolist() == [1, 2], "those that point most nearly the same way, itself left out"
+    close(cosine, torch.tensor([0.8, 0.6]), "an embedding's length does not matter")
+    assert nearest(model, 0, 9)[0].tolist() == [1, 2, 3], "no more than there are"
 
 
 def test_activations_are_the_known_heads_probabilities(model):

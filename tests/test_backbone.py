@@ -72,6 +72,20 @@ def test_injection_starts_after_the_named_layer():
     torch.testing.assert_close(streams[3][3], streams[None][3] + vector)
 
 
+def test_injections_of_several_layers_are_all_added():
+    """With silent blocks the stream is the tokens' embeddings and what was injected so far."""
+    backbone = a_backbone_of_three_layers()
+    for block in backbone.blocks:
+        block.attn.c_proj.weight.data.zero_()
+        block.mlp.c_proj.weight.data.zero_()
+    tokens, (a, b) = torch.randint(0, 15, (2, 6)), torch.randn(2, 2, 6, 32)
+    read = []
+    backbone.ln_f.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    backbone(tokens, {3: a, 2: b})
+    close(read[0], backbone.tok_emb(tokens) + a + 2 * b,
+          "a after layer 3; b after layers 2 and 3: each layer's own, and each of them")
+
+
 def a_backbone_of_three_layers():
     torch.manual_seed(0)
     return Backbone(dataclasses.replace(CONFIG, n_layers=3)).eval()
@@ -85,8 +99,15 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 
 
 def test_a_sequence_beyond_the_context_is_refused():
+    backbone = a_backbone()
+    tokens = torch.zeros(1, 65, dtype=torch.int64)
+    assert backbone(tokens[:, :64]).shape == (1, 64, 32), "all of the context may be used"
     with pytest.raises(ValueError, match="65.*64"):
-        a_backbone()(torch.zeros(1, 65, dtype=torch.int64))
+        backbone(tokens)
+    cache = KVCache.empty(CONFIG, 1, 65, torch.float32, tokens.device)
+    cache.length = 60
+    with pytest.raises(ValueError, match="65.*64"):
+        backbone(tokens[:, 60:], cache=cache)  # what the cache holds is part of the sequence
 
 
 def test_with_a_cache_only_the_rest_is_computed():

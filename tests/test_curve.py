@@ -16,11 +16,30 @@ def test_the_curve_falls_from_the_first_loss_to_the_last():
     assert "3,000" in legend and max(map(len, rows)) <= len(axis) <= 80
 
 
+@pytest.mark.parametrize("n", [2, 64, 1000])
+def test_the_first_loss_and_the_last_are_drawn_however_many_there_are(n):
+    losses = [1.0] + [0.5] * (n - 2) + [0.0]
+    *rows, axis, legend = text_curve([{"step": i, "token": x} for i, x in enumerate(losses)],
+                                     "token").splitlines()
+    assert rows[0].startswith("  1.000 |o"), "the first, at the top left"
+    assert rows[-1].startswith("  0.000 |") and rows[-1].index("o") == 9 + (
+        COLUMNS // 2 if n == 2 else COLUMNS - 1), "the last, at the bottom right"
+    assert legend.strip().endswith("token loss, nats per masked token"), "the loss asked for"
+
+
 def test_a_curve_of_one_point_is_drawn():
     assert "o" in text_curve(HISTORY[:1])
 
 
-def test_every_loss_is_in_the_picture(tmp_path):
-    pytest.importorskip("matplotlib", reason="pip install -e '.[notebook]'")
-    save_png(HISTORY, tmp_path / "loss.png")
+def test_every_loss_is_in_the_picture(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure", reason="pip install -e '.[notebook]'").Figure
+    whole, saved = figure.savefig, []
+    monkeypatch.setattr(figure, "savefig", lambda self, *args, **options: (
+        saved.append(self), whole(self, *args, **options))[1])
+    save_png([*HISTORY, {"step": 3100, "respond": 1.0, "token": 2.0}], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+             for line in saved[0].axes[0].lines}
+    assert lines["respond"] == ([3100], [1.0]), "a loss that begins later is drawn from there"
+    assert lines["token"][0] == [*range(100, 3200, 100)] and lines["token"][1][-1] == 2.0
+    assert lines.keys() == {"token", "held out", "respond"}

@@ -13,7 +13,7 @@ from conftest import CONFIG
 from steerling_min import Config, Steerling, Steering, load
 from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
 from steerling_min.training import evaluate, world
-from steerling_min.training.data import Batch, Stories, Stream
+from steerling_min.training.data import Batch, Stories, Stream, endless_stories
 from steerling_min.training.evaluate import (HELD_OUT, MEASURES, heroes_kept, held_out_loss,
                                              in_units, measure_text, new_chunks,
                                              per_character, print_table, shows, steered, tokens_of,
@@ -75,6 +75,20 @@ def test_the_held_out_loss_is_that_of_hidden_tokens():
 
 
 # ---- language ------------------------------------------------------------------------------------
+
+
+def test_texts_are_written_as_the_table_says(monkeypatch):
+    """Aligned windows, one token per step, and no repetition penalty: stories repeat names."""
+    asked = []
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, n, **options: (
+        asked.append((prompts, n, options)), torch.tensor([prompts[0] + TOKENIZER.encode(" rope")])
+        )[1])
+    prompt = [TOKENIZER.bos_token_id, *TOKENIZER.encode("A")]
+    found = evaluate.write("model", TOKENIZER, prompt, 7, 5, Steering.amplify(2))
+    assert found == ("<|bos|>A", " rope"), "the prompt's text and the new text, apart"
+    assert asked == [([prompt], 7, dict(align=True, repetition_penalty=1.0, seed=5,
+                                        steering=Steering.amplify(2)))], (
+        "all else is generate's default")
 
 
 def test_new_chunks_are_whole_sentences_written_after_the_prompt():
@@ -442,6 +456,22 @@ def test_resemblance_is_the_share_of_neighbours_with_the_chunks_topic(monkeypatc
     assert value == share if share else value < 0.6
 
 
+def test_resemblance_looks_at_the_five_nearest_of_a_runs_first_thirty_steps(monkeypatch):
+    asked, found = [], []
+    monkeypatch.setattr(evaluate, "embed_chunks", lambda model, chunks: (
+        asked.append([TOKENIZER.decode(chunk) for chunk in chunks]), torch.zeros(len(chunks), 1))[1])
+    monkeypatch.setattr(evaluate, "resembling", lambda chunk, corpus, n: (
+        found.append((len(corpus), n)), (torch.arange(n), None))[1])
+    evaluate.resemblance(None, TOKENIZER, 2)
+    corpus, judged = asked
+    for step in (0, 29):  # of train_tiny.py --seed 0: what the bundled model was trained on
+        story = next(endless_stories(f"0 {step}"))
+        assert all(chunk.text in corpus for chunk in story), f"a story of step {step}"
+    assert judged == [chunk.text for story in held_out_stories(2) for chunk in story.chunks]
+    assert 240 * 4 <= len(corpus) <= 240 * 7 and set(found) == {(len(corpus), 5)}, (
+        "eight stories of each step, of four to seven chunks")
+
+
 def topic_in(text):
     """The topic of a chunk, by the grammar."""
     ids = {c for sentence in split_sentences(text) for c in recognise(sentence) or ()}
@@ -468,11 +498,15 @@ def test_an_evaluation_fills_the_table_and_says_how_far_it_is(tmp_path, monkeypa
     TOKENIZER.save(tmp_path / RANK_FILE)
     answer(monkeypatch, lambda prompt, n, steering: " Mara smiled all the way home. A")
     monkeypatch.setattr(evaluate, "likelihood_bound", lambda *args: torch.tensor([1.0]))
-    whole = evaluate.look
+    whole, read = evaluate.look, evaluate.load
+    monkeypatch.setattr(evaluate, "load", lambda folder, device, dtype: (
+        dtypes.append(dtype), read(folder, device, dtype))[1])
+    dtypes = []
     monkeypatch.setattr(evaluate, "look", lambda model, stream, named, t, n: whole(
         model, stream, named, t, 8))
     found = evaluate.evaluate(str(tmp_path), "cpu")
     assert found.keys() == MEASURES.keys(), "each row once, and nothing without a row"
+    assert dtypes == [torch.float32], "measured in full precision, whatever the device prefers"
     groups = re.findall(rf"{tmp_path}: (\w+) ... \d+ s\n", capsys.readouterr().err)
     assert groups == ["language", "likelihood", "concepts", "steering", "resemblance"], (
         "a line for each group")

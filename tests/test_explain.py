@@ -73,6 +73,21 @@ def test_each_token_has_its_three_parts_and_what_wrote_it(by_hand):
         (0.5 / 5 + 0 + 2.5 / 5 + 1 / 12 + 0.5 / 5.5) / 5), "the mean over the tokens"
 
 
+def test_a_token_is_written_by_what_spoke_for_it_not_by_the_largest_size():
+    """Known: +4 by Hugo, -5 by another; in all -1, 2 or 2.5. Discovered 1."""
+    labels = Labels([Label(0, "Hugo", type="entity"), Label(1, "calm", type="tone")], 8, 8)
+    for known, writer in (((4.0, -5.0, 0.0), "discovered"), ((4.0, -5.0, 3.0), "entity"),
+                          ((0.5, -9.0, 2.0), "discovered")):
+        found = Attribution(torch.tensor([97]), torch.tensor([[0, 1, 2]]), torch.tensor([known]),
+                            torch.tensor([[6]]), torch.tensor([[1.0]]), torch.tensor([0.5]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "attribute_text", lambda *args: (torch.tensor([1]), found))
+            patch.setattr(module, "promoted", lambda *args: (torch.tensor([97]), None))
+            [token] = explain(None, BYTES, labels, STEPS, row=0)["tokens"]
+        assert token["written_by"] == writer, (
+            f"known contributions {known}: the largest part, by the concept that did most for it")
+
+
 def test_the_largest_of_each_head_are_listed_and_named(by_hand):
     hugo = {"head": "known", "id": 0, "name": "Hugo", "type": "entity"}
     five = {"head": "discovered", "id": 5, "name": NAMED}

@@ -8,8 +8,8 @@ from conftest import CONFIG, close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min import iguide
-from steerling_min.iguide import (KnownHead, UnknownHead, decompose, set_weights, top_concepts,
-                                  weighted_sum)
+from steerling_min.iguide import (KnownHead, UnknownHead, decompose, rows, set_weights,
+                                  top_concepts, weighted_sum)
 
 
 def heads():
@@ -29,6 +29,7 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)) / 4
 def test_padding_rows_are_never_selected():
     known, unknown = heads()
     assert known.concept_predictor.weight.shape[0] == 16, "rows are rounded up to pad_multiple"
+    assert [rows(n, 16) for n in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32], "a full table is full"
     larger = UnknownHead(dataclasses.replace(CONFIG, n_unknown_concepts=20))
     assert larger.predictor_up.weight.shape[0] == 32, "20 concepts, rounded up to a multiple of 16"
     for head, predictor in ((known, known.concept_predictor), (unknown, unknown.predictor_up)):
@@ -100,12 +101,14 @@ def test_logits_are_clamped_to_15():
 
 def test_selection_ranks_by_logit_where_float32_sigmoids_tie():
     known, unknown = heads()
+    logits = torch.tensor([14.91, 14.92, 14.95, 14.90, 14.93, 14.97])
+    assert len(logits.sigmoid().unique()) == 1, "the case needs equal sigmoids"
     known.concept_predictor.weight.data.zero_()
-    known.concept_predictor.weight.data[:3, 0] = torch.tensor([13.0, 14.5, 14.0])
+    known.concept_predictor.weight.data[:6, 0] = logits
     hidden = torch.zeros(1, 1, 32)
     hidden[..., 0] = 1.0
-    assert decompose(hidden, known, unknown).known_ids.flatten().tolist() == [1, 2], (
-        "sigmoid ties above logit 12 or so; the official package ranks by it, we rank by logit")
+    assert decompose(hidden, known, unknown).known_ids.flatten().tolist() == [5, 2], (
+        "large logits have one float32 sigmoid; the official package ranks by it, we by logit")
 
 
 # ---- features ------------------------------------------------------------------------------------
@@ -244,10 +247,13 @@ def test_concepts_are_counted_from_zero():
         assert (edited.composed - HIDDEN).abs().max() > 0.1, f"{head} concept 0 can be edited"
 
 
-@pytest.mark.parametrize("head, concept", [("known", 8), ("known", -1), ("unknown", 8)])
-def test_a_concept_that_does_not_exist_is_refused(head, concept):
-    with pytest.raises(ValueError, match=f"{head} concept {concept}\\b.*7"):
-        decompose(HIDDEN, *heads(), **{head: {concept: 1.0}})
+@pytest.mark.parametrize("head, concept, last", [
+    ("known", 8, 7), ("known", -1, 7), ("unknown", 20, 19), ("unknown", -1, 19)])
+def test_a_concept_that_does_not_exist_is_refused(head, concept, last):
+    both = heads()[0], UnknownHead(dataclasses.replace(CONFIG, n_unknown_concepts=20))
+    with pytest.raises(ValueError, match=f"{head} concept {concept}\\b.*0 to {last}"):
+        decompose(HIDDEN, *both, **{head: {concept: 1.0}})
+    decompose(HIDDEN, *both, **{head: {last: 1.0}})  # each head has concepts of its own
 
 
 def test_options_that_make_no_sense_are_refused():

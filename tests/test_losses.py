@@ -219,5 +219,11 @@ def test_express_averages_the_lifted_mass_of_a_chunk_before_the_logarithm():
     expected = (-math.log(sum(mass[:3]) / 3) - math.log(mass[3])) / 2
     found = express_loss(logits, chunks, concept, lifted).item()
     assert found == pytest.approx(expected, abs=1e-4)
+    half = express_loss(logits.bfloat16(), chunks, concept, lifted)
+    exact = express_loss(logits.bfloat16().double(), chunks, concept, lifted)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(exact.item(), rel=1e-5), (
+        "half precision has two digits: the softmax is one of float32 numbers")
     nowhere = express_loss(logits[:0], chunks[:0], concept[:0], lifted)
     assert nowhere.item() == 0.0, "nothing is injected anywhere"
+    never = express_loss(logits, chunks, concept, lifted & False)
+    assert never.item() == pytest.approx(-math.log(1e-6)), "a mass of 0 costs much, not infinity"

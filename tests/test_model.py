@@ -132,6 +132,7 @@ def test_parity_of_injection(model, golden):
 def test_logits_are_read_off_the_composed_state(model, golden):
     out = run(model, golden["input_ids"], known={3: 5.0})
     torch.testing.assert_close(out.logits, out.composed @ model.transformer.tok_emb.weight.T)
+    close(out.hidden, golden["hidden"], "hidden is what is taken apart, whatever is put together")
 
 
 def test_every_number_of_the_config_reaches_the_model():

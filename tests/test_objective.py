@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import CONFIG, close
 
 from steerling_min import Steerling
 from steerling_min.training.data import Batch, has_concepts
@@ -113,6 +113,8 @@ def test_the_state_without_epsilon_is_what_the_heads_say(model):
 
 
 def test_presence_weighs_1_the_others_as_they_say(model):
+    assert (EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT) == (0.01, 64, 10, 1), (
+        "the weights that the bundled model was trained with: the README's table is of those")
     found, hidden = losses(model), model.transformer(NOISY)
     labels = has_concepts(BATCH.labels, 8)
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, labels)
@@ -147,16 +149,19 @@ def test_respond_and_express_ask_about_what_was_injected_where_it_was(model):
     hidden = []
     model.transformer.register_forward_hook(lambda module, args, out: hidden.append(out))
     lifted = torch.rand(8, 20, generator=torch.Generator().manual_seed(3)) < 0.3
-    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, INJECT, STRENGTH)
+    injected = INJECT.clone()
+    injected[0, 1:4] = 5  # at masks and at tokens: a whole chunk is injected into
+    draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, injected, STRENGTH)
     found = Objective(model, [], lifted.float())(draws, 0.3)
     logits = model.known_head.logits(hidden[0])
-    at = [(b, i) for b in range(2) for i in range(T) if MASKED[b, i]]
-    respond = [-logits[b, i, INJECT[b, i]].sigmoid().log() for b, i in at]
-    torch.testing.assert_close(found["respond"], torch.stack(respond).mean(), msg="of weight 1")
+    at = [(b, i) for b in range(2) for i in range(T) if injected[b, i] >= 0]
+    assert not all(MASKED[b, i] for b, i in at), "the case needs tokens that are injected into"
+    respond = [-logits[b, i, injected[b, i]].sigmoid().log() for b, i in at]
+    close(found["respond"], torch.stack(respond).mean(), "of weight 1, at masks and at tokens")
     probabilities, chunks = model.transformer.lm_head(hidden[0]).softmax(-1), defaultdict(list)
     for b, i in at:
-        if BATCH.chunks[b, i] >= 0:  # special tokens express nothing
-            mass = probabilities[b, i, lifted[INJECT[b, i]]].sum()
+        if MASKED[b, i] and BATCH.chunks[b, i] >= 0:  # special tokens express nothing
+            mass = probabilities[b, i, lifted[injected[b, i]]].sum()
             chunks[BATCH.chunks[b, i].item()].append(mass)
     express = [-(torch.stack(masses).mean() + 1e-6).log() for masses in chunks.values()]
     torch.testing.assert_close(found["express"], EXPRESS * torch.stack(express).mean())
@@ -216,8 +221,12 @@ def test_without_labels_only_the_supervised_losses_are_off(model):
     unlabelled = Steerling(dataclasses.replace(CONFIG, n_concepts=1, topk_known=1,
                                                topk_known_features=1))
     batch = BATCH._replace(labels=BATCH.labels[:, :0])
-    assert losses(unlabelled, ~NOWHERE, batch=batch).keys() == {
-        "token", "reconstruction", "independence"}
+    found = losses(unlabelled, ~NOWHERE, batch=batch)
+    assert found.keys() == {"token", "reconstruction", "independence"}
+    parts = unlabelled(NOISY)
+    logits = unlabelled.transformer.lm_head(parts.known + parts.unknown)[MASKED]
+    close(found["token"], torch.nn.functional.cross_entropy(logits, BATCH.tokens[MASKED]),
+          "no labels can stand in for what is predicted")
 
 
 def test_of_concepts_that_the_data_never_speaks_of_labels_say_nothing(model):
@@ -237,7 +246,7 @@ def test_of_concepts_that_the_data_never_speaks_of_labels_say_nothing(model):
 
 
 def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end():
-    seen = set()
+    seen, strengths = set(), []
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
         injected, strength = draw_injections(BATCH, torch.ones(8), generator)
@@ -249,10 +258,15 @@ def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end(
             at = [*at, end] if end < T else at  # cut off by the window's edge, or ended
             assert len(set(injected[b, at].tolist())) == 1, "a chunk and its end have one concept"
             assert len(set(strength[b, at].tolist())) == 1
+            strengths.append(strength[b, at[0]].item())
             seen.add((n, injected[b, at[0]].item()))
         assert injected[0, 0] == -1, "what ends no chunk is left alone"
     assert seen == {(0, 0), (1, 1), (1, 2), (2, 3), (3, 3), (3, 4), (0, -1), (1, -1), (2, -1),
                     (3, -1)}, "every concept that a chunk has, or none"
+    assert len(set(strengths)) == 400, "each chunk has a strength of its own"
+    low, high = STRENGTHS
+    assert (low, high) == (3, 10) and min(strengths) < 3.2 and max(strengths) > 9.8
+    assert abs(sum(strengths) / 400 - 6.5) < 4 * 7 / 12**0.5 / 20, "uniform, 3 to 10 logits"
 
 
 def test_a_concept_of_more_weight_is_injected_more_often():

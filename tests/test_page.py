@@ -1,5 +1,6 @@
 """The page: complete in itself, safe for any text, and alive in a browser."""
 
+import dataclasses
 import html
 import json
 import re
@@ -7,9 +8,13 @@ import shutil
 import subprocess
 
 import pytest
+import torch
+from conftest import CONFIG
 
-from steerling_min import load, unmask
+from steerling_min import Steerling, Steering, Tokenizer, load, unmask
+from steerling_min.attribution import input_attribution
 from steerling_min.files.labels import Label, Labels
+from steerling_min.views.explain import COLOURS, explain
 from steerling_min.views.page import page
 
 PROMPT = 'The <script>alert("old")</script> & @DATA@ caf\u00e9 \u2615 @TITLE@ sailor'
@@ -55,6 +60,42 @@ def test_a_token_is_shown_as_explain_has_it(written):
     everywhere = data["prompt"] + [item["text"] for token in data["tokens"]
                                    for item in (token, *token["inputs"])]
     assert not any("\ufffd" in piece for piece in everywhere)
+
+
+@pytest.mark.parametrize("steering", [None, Steering(known=((3, 2.0),))], ids=["plain", "edited"])
+def test_each_text_of_a_batch_has_its_own_explanation_and_its_own_inputs(steering):
+    """Of two texts with two prompts the second, against `explain` and `input_attribution`."""
+    torch.manual_seed(0)
+    model = Steerling(dataclasses.replace(CONFIG, vocab_size=261, eos_token_id=256,
+                                          pad_token_id=257, bos_token_id=258,
+                                          endofchunk_token_id=259, mask_token_id=260)).eval()
+    torch.nn.init.normal_(model.transformer.tok_emb.weight, std=0.5)
+    model.requires_grad_(False)
+    tokenizer, labels = Tokenizer.from_ranks({bytes([i]): i for i in range(256)}), Labels([], 8, 8)
+    prompts = [[97, 98, 99, 100, 101], [122, 121, 120, 119, 118]]
+    steps = list(unmask(model, prompts, 6, steps=4, seed=1, steering=steering))
+    data = data_of(page(model, tokenizer, labels, steps, prompts[1], 1, steering))
+    assert (data["steps"], data["steered"]) == (4, steering is not None)
+    explained = explain(model, tokenizer, labels, steps, 1, steering)
+    when = {int(i): n for n, step in enumerate(steps) for i in step.positions[1]}
+    before = [torch.tensor(prompts[1] + [260] * 6), *(step.tokens[1] for step in steps)]
+    for token, shown in zip(explained["tokens"], data["tokens"], strict=True):
+        inputs = shown.pop("inputs")
+        scores = input_attribution(model, before[when[token["position"]]], token["position"],
+                                   token["id"])
+        largest = sorted(range(11), key=lambda i: -abs(scores[i].item()))[:5]
+        assert [(x["position"], x["contribution"]) for x in inputs] == [
+            (i, pytest.approx(scores[i].item(), abs=1e-6)) for i in largest if scores[i] != 0], (
+            "for and against, the largest first, as the text stood before the step; masks are none")
+        assert shown["parts"] == pytest.approx(token["parts"], abs=1e-6), "six digits"
+        same = ("position", "id", "text", "step", "written_by")
+        assert [shown[x] for x in same] == [token[x] for x in same]
+        assert [x["name"] for x in shown["concepts"]] == [x["name"] for x in token["concepts"]]
+
+
+def test_a_token_has_a_light_colour_by_day_and_a_dark_one_by_night(written):
+    for name, (light, dark) in COLOURS.items():
+        assert f"--{name}: light-dark({light}, {dark});" in written[3]
 
 
 def test_a_full_context_stays_under_a_megabyte(written):

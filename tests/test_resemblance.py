@@ -3,6 +3,7 @@
 import pytest
 
 from steerling_min import load
+from steerling_min.attribution import present
 from steerling_min.files.labels import Labels
 from steerling_min.views.resemblance import print_resemblances, resemblances
 
@@ -13,13 +14,15 @@ CORPUS = ["The old sailor", "A dog named Biscuit", "The old sailor and a dog"]
 def found():
     model, tokenizer = load(device="cpu")
     text = [tokenizer.bos_token_id, *tokenizer.encode(CORPUS[1]), tokenizer.endofchunk_token_id,
-            *tokenizer.encode(CORPUS[0]), tokenizer.eos_token_id, tokenizer.mask_token_id]
+            *tokenizer.encode(CORPUS[0]), tokenizer.eos_token_id,
+            *tokenizer.encode(CORPUS[2]), tokenizer.mask_token_id]
     labels = Labels([], model.config.n_concepts, model.config.n_unknown_concepts)
     return resemblances(model, tokenizer, labels, text, CORPUS, n=2)
 
 
 def test_each_chunk_stands_by_itself_without_special_tokens(found):
-    assert [chunk["text"] for chunk in found] == [CORPUS[1], CORPUS[0]]
+    assert [chunk["text"] for chunk in found] == [CORPUS[1], CORPUS[0], CORPUS[2]], (
+        "<|endofchunk|> and <|endoftext|> end a chunk; no special token is in one")
 
 
 def test_a_chunk_of_the_training_data_is_found_again(found):
@@ -30,6 +33,13 @@ def test_a_chunk_of_the_training_data_is_found_again(found):
 
 
 def test_shared_concepts_are_named(found, capsys):
+    model, tokenizer = load(device="cpu")
+    has = {text: {f"concept {i}" for i in present(model, tokenizer.encode(text))}
+           for text in CORPUS}
+    for chunk in found:
+        for other in chunk["like"]:
+            assert set(other["shared"]) == has[chunk["text"]] & has[other["text"]], (
+                f"the concepts that both {chunk['text']!r} and {other['text']!r} have")
     first = found[0]["like"][0]["shared"]
     assert first and all(name.startswith("concept ") for name in first), "without labels: numbers"
     print_resemblances(found)

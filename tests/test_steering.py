@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
+from steerling_min.iguide import decompose
 from steerling_min.steering import SUPPRESS, UNLEARN, Injection, Steerer, Steering, alpha_of
 from steerling_min.unmasking import asked_logits
 
@@ -109,6 +110,38 @@ def test_both_is_the_sum(model):
     parts = [Steerer(s, model).vectors(*at)[2]
              for s in (Steering.amplify(3, layer=2), Steering.amplify(5, 4.0, layer=2))]
     close(Steerer(both, model).vectors(*at)[2], sum(parts), "injections at one layer add up")
+    both = Steering.amplify(3, layer=1) + Steering.amplify(5, 4.0, layer=2, cutoff_tokens=None)
+    vectors = Steerer(both, model).vectors(at[0], torch.tensor([40]))
+    assert list(vectors) == [1, 2] and not vectors[1].any(), "the first ended after 32 tokens"
+    close(vectors[2], parts[1], "each has its own layer, strength and cutoff")
+
+
+def test_two_suppressions_are_both_subtracted(model):
+    E, concepts = model.transformer.tok_emb.weight, model.known_head.concept_embedding.weight
+    both = Steering(suppressions=((3, 2.0),)) + Steering(suppressions=((5, 1.0, True),))
+    found = -Steerer(both, model).suppress(torch.zeros(1, len(E)))[0]
+    three, five = (E @ concepts[3]).relu(), (E @ concepts[5]).relu()
+    close(found, 2 * three + five / five.max(), "2 relu(..), and 1 logit off the most promoted")
+
+
+def test_a_sum_has_all_that_either_has():
+    parts = [Steering.unlearn(i) + Steering(known=((i, 2.0),), unknown=((i + 1, 3.0),),
+                                            epsilon="keep") for i in (4, 6)]
+    a, b = parts
+    for name in ("injections", "suppressions", "known", "unknown"):
+        assert getattr(a + b, name) == getattr(a, name) + getattr(b, name), f"{name} of both"
+    assert (Steering.amplify(1) + a).epsilon == (a + Steering.amplify(1)).epsilon == "keep", (
+        "whichever side has the interventions")
+
+
+def test_every_injection_that_ends_in_any_row_is_noticed_once(model):
+    steerer = Steerer(Steering.amplify(3, cutoff_tokens=None) + Steering.amplify(4, cutoff_tokens=4)
+                      + Steering.amplify(5, cutoff_tokens=2), model)
+    calls = [((0, 0), True), ((1, 1), False), ((2, 1), True), ((3, 1), False), ((3, 2), True),
+             ((4, 3), True), ((5, 4), True), ((9, 9), False)]
+    for committed, switched in calls:
+        assert steerer.switched(torch.tensor(committed)) == switched, (
+            f"with {committed} tokens in the two rows: cutoffs are 4 and 2; the first call counts")
 
 
 def test_what_is_injected_has_the_models_dtype(model):
@@ -129,6 +162,15 @@ def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):
     close(edited - plain.logits[0], (2.5 - old)[:, None] * promoted, "and nothing else", 5e-5)
 
 
+def test_an_edit_of_unknown_concepts_alone_reaches_what_is_composed(model):
+    steerer = Steerer(Steering(unknown=((5, 0.0), (7, 3.0))), model)
+    hidden = torch.randn(4, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    expected = decompose(hidden[None], model.known_head, model.unknown_head,
+                         unknown={5: 0.0, 7: 3.0}).composed[0]
+    close(steerer.compose(hidden), expected, "both edits, epsilon dropped")
+    assert not torch.allclose(expected, hidden), "the case needs an edit that is seen"
+
+
 def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
     """The mass of the ten tokens that a concept promotes, over the masks after a short prompt."""
     model, tokenizer = load()
@@ -137,14 +179,16 @@ def test_every_concept_of_the_bundled_model_can_be_brought_out_and_kept_out():
     tokens = torch.tensor([prompt + [model.config.mask_token_id] * 24])
     masked = tokens == model.config.mask_token_id
 
-    def mass(concept, steering):
-        with torch.no_grad():
-            logits, _ = asked_logits(model, tokens, masked, len(prompt), 0.0,
-                                      Steerer(steering, model), None)
-        return logits.softmax(-1)[:, promoted(model, concept, 10)[0]].sum().item()
+    @torch.no_grad()
+    def probabilities(steering):
+        return asked_logits(model, tokens, masked, len(prompt), 0.0, Steerer(steering, model),
+                            None)[0].softmax(-1)
+    unsteered = probabilities(Steering())
     for concept in range(model.config.n_concepts):
-        out, plain, kept = (mass(concept, steering) for steering in (
-            Steering.amplify(concept), Steering(), Steering.unlearn(concept)))
+        best = promoted(model, concept, 10)[0]
+        out, plain, kept = (p[:, best].sum().item() for p in (
+            probabilities(Steering.amplify(concept)), unsteered,
+            probabilities(Steering.unlearn(concept))))
         assert kept < plain < out, f"concept {concept}: {kept:.3f} < {plain:.3f} < {out:.3f}"
 
 
@@ -172,6 +216,9 @@ def test_steerings_that_contradict_each_other_are_refused():
     (Steering.amplify(3, layer=3), "layer = 3 is not supported"),
     (Steering.amplify(3, float("nan")), "strength = nan is not supported; supported: finite"),
     (Steering(known=((3, float("inf")),)), "strength = inf is not supported"),
+    (Steering(unknown=((3, float("nan")),)), "strength = nan is not supported"),
+    (Steering(suppressions=((3, float("inf")),)), "strength = inf is not supported"),
+    (Steering(injections=(Injection((3, 32), 1.0),)), "known concept 32"),
     (Steering(known=((3, 1.0),)) + Steering(known=((3, 9.0),)), "concept 3 is given two weights"),
     (Steering(unknown=((3, 1.0), (3, 9.0))), "unknown concept 3 is given two weights"),
     (Steering(epsilon="kep"), "epsilon = 'kep' is not supported")])

@@ -63,6 +63,38 @@ def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
     assert colours == set(module.COLOURS), "from the first step's to the last step's"
 
 
+def test_a_tokens_colour_tells_its_step_dark_for_early_ones():
+    tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
+    step = Step(torch.tensor([[97, 98, 99, 100]]), (torch.tensor([2]),), (torch.tensor([99]),),
+                (), (), ())
+    pieces = module.pieces_of(step, tokenizer, 1, {1: 8, 2: 0, 3: 4}, 9)
+    assert pieces == [("a", None), ("b", module.COLOURS[8]), ("c", module.COLOURS[0]),
+                      ("d", module.COLOURS[4])], "the prompt is plain; nine steps, nine colours"
+
+
+def test_a_picture_takes_the_place_of_the_one_before(bundled, monkeypatch):
+    monkeypatch.setattr(module, "FRAME", 0)
+    out = Terminal()
+    run(bundled, out, new=4)
+    assert out.getvalue().startswith("\r\x1b[J"), "above the first there is nothing to draw over"
+    drawn = out.getvalue().split("\r\x1b[J")[1:]
+    for before, after in zip(drawn, drawn[1:]):
+        up = re.search(r"\x1b\[(\d+)A$", before)
+        assert int(up[1]) == before.count("\n"), "back to its first line, and not above it"
+
+
+def test_steps_are_shown_as_they_come(bundled):
+    model, tokenizer = bundled
+    made, out = [], io.StringIO()
+
+    def steps():
+        for step in unmask(model, [tokenizer.encode("The old")], 5, seed=1):
+            made.append(step)
+            yield step
+    for number, _ in enumerate(watch(steps(), tokenizer, tokenizer.encode("The old"), 5, out), 1):
+        assert len(made) == out.getvalue().count("\n") == number, "not when all are there"
+
+
 @pytest.mark.parametrize("model_takes, text_takes", [(0.0, 19 / 16), (1.0, 19.0)],
                          ids=["a fast model waits for eyes", "a slow one does not"])
 def test_every_step_is_seen(bundled, monkeypatch, model_takes, text_takes):
@@ -102,14 +134,19 @@ def test_every_line_fits_and_nothing_is_lost():
 
 def test_wide_and_combining_characters_are_measured():
     assert [width(c) for c in ("a", "\u6f22", "\u0301", "\x07", "\u200b")] == [1, 2, 0, 0, 0]
+    assert width("\uff21") == 2, "a fullwidth letter"
 
 
 def test_a_low_window_shows_the_end(bundled, monkeypatch):
     monkeypatch.setattr(module, "FRAME", 0)
     monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((9, 4)))
     out = Terminal()
-    run(bundled, out)
-    assert all(picture.count("\n") <= 3 for picture in screens(out.getvalue()))
+    steps, _ = run(bundled, out)
+    pictures = screens(out.getvalue())
+    assert all(picture.count("\n") <= 3 for picture in pictures)
+    final = bundled[1].decode(steps[-1].tokens[0].tolist())
+    assert pictures[-2].replace("\n", "") == final[-len(pictures[-2].replace("\n", "")):], (
+        "what was written last, not the beginning")
 
 
 @pytest.mark.parametrize("make, name, value", [
