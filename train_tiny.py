@@ -44,6 +44,7 @@ from steerling_min.files.loading import find_labels, load, pick_device
 from steerling_min.files.tokenizer import Tokenizer
 from steerling_min.files.writing import replacing
 from steerling_min.iguide import rows
+from steerling_min.training.atlas import Atlas
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
 from steerling_min.training.distributed import RANK, WORLD, agreed
@@ -278,6 +279,10 @@ def parse_args() -> Namespace:
                         '(concepts are optional; neighbours with one "document" belong together), '
                         'or a conversation {"messages": [{"role": ..., "content": ...}, ...]}. The '
                         "last tenth is held out; of labelled lines, a tenth drawn from all over")
+    p.add_argument("--concepts", type=Path, metavar="FILE",
+                   help="names of the concepts in --text shard.parquet (FineWeb Atlas)")
+    p.add_argument("--top", type=int, default=64, metavar="N",
+                   help="how many of its concepts, the most frequent of each type (default: 64)")
     p.add_argument("--vocab", type=int, metavar="N",
                    help=f"tokens that are learnt from --text, at most (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
@@ -300,6 +305,7 @@ def parse_args() -> Namespace:
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
+            ("top", args.top >= 1, "at least 1"),
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
             ("out", args.out != Path(), "a folder of the run's own"),
             ("size", not (args.size and args.init), "the model of --init has its own"),
@@ -308,6 +314,10 @@ def parse_args() -> Namespace:
              f"a positive multiple of the {WORLD} processes")):
         if not ok:
             p.error(f"--{name} {getattr(args, name)}: {supported}")
+    if (args.concepts is not None) != any(file.suffix.lower() == ".parquet"
+                                          for file in args.text or []):
+        p.error("--text shard.parquet has numbers for concepts, and --concepts FILE their names: "
+                "give both")
     args.steps = args.steps or (STEPS if args.minutes is None else None)
     if not args.init:
         args.size, args.vocab = args.size or "tiny", args.vocab or VOCAB
@@ -350,6 +360,9 @@ def make_corpus(args: Namespace, T: int, tokenizer: Tokenizer | None = None,
     """What to train on, in windows of T; tokenizer and labels are those of a model, if any."""
     if not args.text:
         return Stories(args.seed, tokenizer, labels)
+    if args.concepts:
+        return Atlas(args.text, args.seed, T, args.vocab, tokenizer, labels, args.concepts,
+                     args.top)
     return Texts(args.text, args.seed, T, args.vocab, tokenizer, labels)
 
 

@@ -182,7 +182,7 @@ HEADS = "concept_id,concept_name,head\n"
 
 @pytest.mark.parametrize("content, message", [
     ("", "lacks the column concept_id"),
-    ("concept_id,name\n1,a\n", "lacks the column concept_name; it has: concept_id, name"),
+    ("concept_id,note\n1,a\n", "lacks the column concept_name; it has: concept_id, note"),
     ("concept_id,concept_name,concept_id\n", "has the column concept_id twice"),
     ("concept_idx,concept_name,concept_idx\n", "has the column concept_id twice"),
     (HEAD + "1,a,b\n", "row 2: 3 fields for 2 columns; the first too many is 'b'"),
@@ -295,7 +295,7 @@ def test_an_old_parquet_file_is_read(parquet):
     ({"concept_id": [1, None], "concept_name": ["a", "b"]}, "row 2: concept_id = '' is not"),
     ({"concept_id": [1, 1], "concept_name": ["a", "b"]}, "row 2: .* already, in row 1"),
     ({"concept_id": [1], "concept_name": ["a"], "concept_name#2": ["b"]}, "concept_name twice"),
-    ({"concept_id": [1], "name": ["a"]}, "lacks the column concept_name; it has: concept_id, name"),
+    ({"concept_id": [1], "note": ["a"]}, "lacks the column concept_name; it has: concept_id, note"),
 ])
 def test_a_parquet_file_that_is_not_right_is_named(parquet, columns, message):
     with pytest.raises(ValueError, match=f"concept_labels.parquet.*{message}"):

@@ -249,6 +249,17 @@ def test_conversations_train_the_assistants_turns_alone(run, tmp_path):
     assert not torch.equal(drawn.masked, drawn.batch.learnt), "some of them, by the noise level"
 
 
+def test_a_shard_of_fineweb_atlas_trains_and_goes_on(run, tmp_path):
+    test_atlas = pytest.importorskip("test_atlas", reason="needs pyarrow")
+    shard = test_atlas.shard(tmp_path, test_atlas.rows_of(400))
+    arguments = ["--text", shard, "--concepts", test_atlas.names(tmp_path), "--top", 1]
+    out = run("--steps", 10, *arguments)
+    assert "3 known concepts" in out and "presence" in out and "nats per character" in out
+    assert "AUC" in run(*arguments, "--evaluate", tmp_path / "out")
+    assert "give both" in run("--text", shard, status=2)
+    assert "give both" in run(*arguments[2:], status=2)
+
+
 @pytest.mark.parametrize("content, message", [
     (b"", "has no text"), (b"\xff\xfe", "not UTF-8"), (b"too short", "too few"),
     (None, "No such file")])
@@ -262,7 +273,8 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", 0], "--steps 0: at least 1"), (["--minutes", -1], "--minutes -1"),
     (["--minutes", "nan"], "--minutes nan"), (["--lr", 0], "--lr 0"), (["--batch", 0], "--batch 0"),
-    (["--seed", -1], "--seed -1"), (["--size", "huge"], "invalid choice: 'huge'"),
+    (["--seed", -1], "--seed -1"), (["--top", 0], "--top 0"),
+    (["--size", "huge"], "invalid choice: 'huge'"),
     (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
     (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
     (["--init", "/nowhere"], "no checkpoint folder at /nowhere"),

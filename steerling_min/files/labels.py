@@ -13,6 +13,7 @@ import csv
 import difflib
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,8 @@ GET_LABELS = (f"the 8B's come with: {DOWNLOAD_LABELS} (and --local-dir FOLDER, w
               "a folder of yours); others with --labels FILE")
 COLUMNS = ("concept_id", "concept_name", "concept_description", "head", "group_name",
            "concept_type")
-OLD_ID = "concept_idx"               # what older files call concept_id
+OTHER_NAMES = {"concept_idx": "concept_id", "name": "concept_name",  # in older files, in lists of
+               "description": "concept_description"}                 # a data set's concepts
 HEADS = {"known": "known", "unknown": "unknown", "discovered": "unknown", "": "known"}
 
 
@@ -183,8 +185,9 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def columns_of(file: Path, written: list[str]) -> list[str]:
     """The columns' names as they are in use today; ValueError for one that lacks or comes twice."""
     columns = [name.strip() for name in written]
-    if "concept_id" not in columns:
-        columns = ["concept_id" if name == OLD_ID else name for name in columns]
+    for other, today in OTHER_NAMES.items():
+        if today not in columns:
+            columns = [today if name == other else name for name in columns]
     for name in COLUMNS:
         if columns.count(name) > 1:
             raise ValueError(f"{file} has the column {name} twice")
@@ -206,6 +209,19 @@ def read_csv(file: Path) -> tuple[list[str], list]:
 
 def read_parquet(file: Path) -> tuple[list[str], list]:
     """The same of a parquet file, without the columns that have no use here."""
+    with open_parquet(file) as stored:
+        written = stored.schema_arrow.names
+        used = {old: new for old, new in zip(written, columns_of(file, written))
+                if new in COLUMNS}
+        columns = stored.read(list(used)).columns
+    return list(used.values()), list(zip(*(column.to_pylist() for column in columns)))
+
+
+@contextmanager
+def open_parquet(file: Path) -> Iterator:
+    """A pyarrow.parquet.ParquetFile that reads a megabyte at a time, where it would read a whole
+    row group. ImportError without pyarrow, ValueError for what is no parquet file: one line each.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -213,14 +229,9 @@ def read_parquet(file: Path) -> tuple[list[str], list]:
         raise ImportError(f"reading {file} needs pyarrow: pip install -e '.[hub]'") from None
     with file.open("rb") as data:
         try:
-            stored = parquet.ParquetFile(data)
-            written = stored.schema_arrow.names
-            used = {old: new for old, new in zip(written, columns_of(file, written))
-                    if new in COLUMNS}
-            columns = stored.read(list(used)).columns
+            yield parquet.ParquetFile(data, pre_buffer=False, buffer_size=2**20)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} is not a parquet file: {error}") from None
-    return list(used.values()), list(zip(*(column.to_pylist() for column in columns)))
 
 
 def write_labels(labels: Labels, folder: Path) -> None:

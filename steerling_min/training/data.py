@@ -224,8 +224,8 @@ class Texts:
         if labels.shape[1]:  # a token's part is its chunk's
             N, parts = len(labels), min(1000, len(labels))
             part = chunks.cummax(0).values.clamp(min=0) * parts // N
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(parts, generator=generator)[: parts // 10]
+            chosen = torch.randperm(parts, generator=torch.Generator().manual_seed(0))
+            chosen = chosen[: parts // 10]
         held_out = torch.isin(part, chosen)  # (n,)
         self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
                                     for part in (~held_out, held_out))
