@@ -42,7 +42,7 @@ from .distributed import RANK, WORLD
 
 RUN, STATE, LOCK = "run.json", "training.safetensors", "run.lock"
 NOT_KEPT = ("out", "resume", "evaluate")  # options that are about a folder, not about its run
-FREE = ("steps", "minutes", "text", "device", "compile")  # they may change when a run goes on
+FREE = ("steps", "minutes", "text", "concepts", "device", "compile")  # they may change later
 PARENT = os.getppid()
 
 
