@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIG, GOLDEN, same_weights
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from steerling_min import Steerling
@@ -83,6 +84,8 @@ def test_the_file_has_the_official_names_and_the_tied_matrix_once(model, tmp_pat
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(GOLDEN / WEIGHTS).keys()
     assert LM_HEAD not in load_file(tmp_path / WEIGHTS)
+    with safe_open(tmp_path / WEIGHTS, "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "transformers refuses a file that does not say"
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["model_type"] == "steerling" and "concept" not in config, "the hub's layout"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", WEIGHTS]
@@ -257,6 +260,11 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder, shape):
     assert LN_F in message and f"{list(shape)}" in message and "[64]" in message
 
 
+def test_a_transposed_matrix_is_named(folder):
+    edit(folder / WEIGHTS, {TOK_EMB: load_file(folder / WEIGHTS)[TOK_EMB].T.contiguous()})
+    assert f"{TOK_EMB} in {folder / WEIGHTS} has shape [64, 300]" in refusal(folder)
+
+
 def test_both_of_the_tied_pair_must_fit(folder):
     edit(folder / WEIGHTS, {LM_HEAD: torch.ones(299, 64)})
     assert f"{LM_HEAD} in {folder / WEIGHTS} has shape [299, 64]" in refusal(folder)
@@ -377,6 +385,10 @@ def test_too_little_memory_is_said_in_gigabytes_before_loading(monkeypatch):
     checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, False)  # 16.0 of 16.4 GB
     set_meminfo(monkeypatch, "MemAvailable: 8000000 kB\n")
     checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)  # 8.0 of 8.2 GB
+    with torch.device("meta"):
+        model.weights = torch.nn.Parameter(torch.empty(8_000_000_000))
+    with pytest.raises(ValueError, match="16.0 GB in int8"):  # only matrices are made small
+        checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)
 
 
 def test_loading_asks_for_memory_first(folder, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CONFIG, OFFICIAL
 
-from steerling_min import Config, Steerling
+from steerling_min import Config, Steerling, Tokenizer
 from steerling_min.files.checkpoint import LM_HEAD
 
 # ---- what follows from what ----------------------------------------------------------------------
@@ -22,6 +22,14 @@ def test_null_sizes_follow_from_others():
     assert null.kv_heads == CONFIG.n_head, "no grouping: every query head has its own"
     assert null.mlp_hidden == 4 * CONFIG.n_embd, "mlp_ratio * n_embd"
     assert null.known_topk == 5, "topk_known"
+    assert dataclasses.replace(null, mlp_ratio=2.6).mlp_hidden == 83, "2.6 * 32, rounded down"
+
+
+def test_the_tiny_models_special_tokens_are_its_tokenizers():
+    tokenizer, config = Tokenizer.train("a b c", 300), Config.tiny(vocab_size=261)
+    for name in ("eos", "pad", "bos", "endofchunk", "mask"):
+        name += "_token_id"
+        assert getattr(config, name) == getattr(tokenizer, name), f"{name}: another token"
 
 
 def test_a_given_hidden_width_shapes_the_mlp():
@@ -79,6 +87,7 @@ def test_a_token_id_lies_in_the_vocabulary(name, value):
     ({"n_concepts": 31}, "topk_known_features = 32 .* at most n_concepts = 31"),
     ({"n_unknown_concepts": 127}, "unknown_topk = 128 .* at most n_unknown_concepts = 127"),
     ({"start_header_id": 7}, "start_header_id = 7 .* null where eot_id is null"),
+    ({"end_header_id": 7}, "end_header_id = 7 .* null where eot_id is null"),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")
 def test_numbers_that_do_not_fit_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -33,7 +33,13 @@ def in_each_of_two(rank, folder):
     loss.backward()  # each process sends its loss back, and both are the same: twice the gradient
     torch.testing.assert_close(x.grad / 2, x.detach() * 2 / 4)
     assert mean(x.detach()[:0]).item() == 0.0
+    assert mean(x.detach() if rank == 0 else x.detach()[:0]).item() == 3.0, (
+        "a process that has nothing counts as nothing")
+    mine = x.detach().sum()
+    total(mine)
+    assert mine.item() == [9.0, 4.0][rank], "what is summed is left as it is"
     assert agreed(float(rank + 5), x.device) == 5.0, "the first process says"
+    assert agreed(1e9 + 1 / 8, x.device) == 1e9 + 1 / 8, "a clock's seconds need float64"
     dist.destroy_process_group()
 
 
