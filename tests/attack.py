@@ -274,7 +274,8 @@ def outcome(call: Callable[[], object], expected: object, seconds: float, log: P
         return "crash"
     said = log.read_text(errors="replace")
     name = {0: "ok", 10: "other", 11: "one line"}.get(os.WEXITSTATUS(status), "traceback")
-    said = said.partition("\n")[2] if said.startswith("model ") else said  # the heading, with --json
+    if said.startswith("model "):  # the heading, with --json
+        said = said.partition("\n")[2]
     if name == "one line" and (said.count("\n") != 1 or len(said) > 2000 or "\x1b" in said):
         return "traceback"  # refused, but not in one line
     return name

@@ -459,7 +459,8 @@ def test_resemblance_is_the_share_of_neighbours_with_the_chunks_topic(monkeypatc
 def test_resemblance_looks_at_the_five_nearest_of_a_runs_first_thirty_steps(monkeypatch):
     asked, found = [], []
     monkeypatch.setattr(evaluate, "embed_chunks", lambda model, chunks: (
-        asked.append([TOKENIZER.decode(chunk) for chunk in chunks]), torch.zeros(len(chunks), 1))[1])
+        asked.append([TOKENIZER.decode(chunk) for chunk in chunks]),
+        torch.zeros(len(chunks), 1))[1])
     monkeypatch.setattr(evaluate, "resembling", lambda chunk, corpus, n: (
         found.append((len(corpus), n)), (torch.arange(n), None))[1])
     evaluate.resemblance(None, TOKENIZER, 2)

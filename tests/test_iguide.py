@@ -29,7 +29,8 @@ HIDDEN = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)) / 4
 def test_padding_rows_are_never_selected():
     known, unknown = heads()
     assert known.concept_predictor.weight.shape[0] == 16, "rows are rounded up to pad_multiple"
-    assert [rows(n, 16) for n in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32], "a full table is full"
+    assert [rows(n, 16) for n in (1, 15, 16, 17, 32)] == [16, 16, 16, 32, 32], (
+        "a full table is full")
     larger = UnknownHead(dataclasses.replace(CONFIG, n_unknown_concepts=20))
     assert larger.predictor_up.weight.shape[0] == 32, "20 concepts, rounded up to a multiple of 16"
     for head, predictor in ((known, known.concept_predictor), (unknown, unknown.predictor_up)):

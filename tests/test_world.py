@@ -210,7 +210,8 @@ def test_the_same_seed_writes_the_same_story():
     assert write_story(random.Random(7)) != write_story(random.Random(8))
 
 
-def test_topics_are_uniform_and_kept_half_of_the_time_and_moods_and_forms_are_as_said(stories, chunks):
+def test_topics_are_uniform_and_kept_half_of_the_time_and_moods_and_forms_are_as_said(
+        stories, chunks):
     for topic in range(8):
         share = mean(topic in chunk.concepts for chunk in chunks)
         assert abs(share - 1 / 8) < 0.02, f"{CONCEPTS[topic].name} has share {share}, not 1/8"
