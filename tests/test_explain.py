@@ -81,7 +81,7 @@ def test_a_token_is_written_by_what_spoke_for_it_not_by_the_largest_size():
         found = Attribution(torch.tensor([97]), torch.tensor([[0, 1, 2]]), torch.tensor([known]),
                             torch.tensor([[6]]), torch.tensor([[1.0]]), torch.tensor([0.5]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "attribute_text", lambda *args, found=found: (torch.tensor([1]), found))
+            patch.setattr(module, "attribute_text", lambda *args, x=found: (torch.tensor([1]), x))
             patch.setattr(module, "promoted", lambda *args: (torch.tensor([97]), None))
             [token] = explain(None, BYTES, labels, STEPS, row=0)["tokens"]
         assert token["written_by"] == writer, (
