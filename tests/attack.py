@@ -274,7 +274,7 @@ def outcome(call: Callable[[], object], expected: object, seconds: float, log: P
         return "crash"
     said = log.read_text(errors="replace")
     name = {0: "ok", 10: "other", 11: "one line"}.get(os.WEXITSTATUS(status), "traceback")
-    if said.startswith("model "):  # the heading, with --json
+    if said.startswith("model "):  # the heading, which --json puts there
         said = said.partition("\n")[2]
     if name == "one line" and (said.count("\n") != 1 or len(said) > 2000 or "\x1b" in said):
         return "traceback"  # refused, but not in one line
@@ -315,11 +315,13 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=20.0, help="after which a case hangs")
     args = p.parse_args()
     columns = ("ok", "other", "one line", *FAULTS)
-    found = {kind: attack(kind, args.cases, args.seed, args.seconds) for kind in args.kinds}
-    print(f"\n{'':12}" + "".join(f"{name:>11}" for name in columns))
-    for kind, counts in found.items():
-        print(f"{kind:12}" + "".join(f"{counts[name]:11}" for name in columns))
-    sys.exit(any(counts[name] for counts in found.values() for name in FAULTS))
+    print(f"{'':12}" + "".join(f"{name:>11}" for name in columns), flush=True)
+    faults = 0
+    for kind in args.kinds:
+        counts = attack(kind, args.cases, args.seed, args.seconds)
+        faults += sum(counts[name] for name in FAULTS)
+        print(f"{kind:12}" + "".join(f"{counts[name]:11}" for name in columns), flush=True)
+    sys.exit(bool(faults))
 
 
 if __name__ == "__main__":
