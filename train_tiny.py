@@ -181,7 +181,8 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     B, T = batch.tokens.shape
     t = noise_levels(B, T, config.diff_block_size, generator)
     noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
-    dropout = 0.0 if "dropout" in args.without else TEXT_DROPOUT if args.text else DROPOUT
+    dropout = DROPOUT if isinstance(corpus, Stories) else TEXT_DROPOUT
+    dropout = 0.0 if "dropout" in args.without else dropout
     dropped = torch.rand(B, generator=generator) < dropout
     injected, strength = draw_injections(batch, corpus.injected, generator)
     labelled = stream.labels.shape[1] > 0

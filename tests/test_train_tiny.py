@@ -43,10 +43,10 @@ def test_norms_are_not_decayed():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def draws(progress, without=(), step=1):
+def draws(progress, without=(), step=1, corpus=STORIES):
     args = train_tiny.Namespace(seed=0, batch=64, without=without)
     config = train_tiny.Config.tiny()
-    return train_tiny.draw_step(STORIES, config, step, progress, args)
+    return train_tiny.draw_step(corpus, config, step, progress, args)
 
 
 def test_residual_dropout_leaves_epsilon_out_of_a_share_of_the_windows():
@@ -56,6 +56,14 @@ def test_residual_dropout_leaves_epsilon_out_of_a_share_of_the_windows():
     assert rate(0.5, ["dropout"]) == 0
     for progress in (0.0, 1.0):
         assert rate(progress) == pytest.approx(train_tiny.DROPOUT, abs=0.07)
+
+
+def test_fewer_windows_of_ones_own_text_are_without_epsilon(tmp_path):
+    (tmp_path / "a.txt").write_text("Some words, again and again. " * 400)
+    corpus = train_tiny.Texts([tmp_path / "a.txt"], 0, 256, 300)
+    dropped = torch.cat([draws(0.5, step=step, corpus=corpus).dropped for step in range(12)])
+    assert dropped.float().mean().item() == pytest.approx(train_tiny.TEXT_DROPOUT, abs=0.04), (
+        "language takes longer to learn there, and windows without epsilon teach little of it")
 
 
 def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
