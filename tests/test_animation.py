@@ -84,9 +84,9 @@ def test_line_feeds_and_tabs_are_kept(drawn):
 
 
 def test_a_line_has_88_columns_and_not_one_more(drawn):
-    svg = drawn([("b" * 87, 0, "tone"), ("cc", 0, "tone"), ("d" * 86, 0, "tone")], "a")
+    svg = drawn([("b" * 87, 0, "tone"), ("c", 0, "tone"), ("d" * 87, 0, "tone")], "a")
     lines = {x.text: int(x.get("y")) // module.HEIGHT for x in svg.iter(SVG + "text")}
-    assert (lines["a"], lines["b" * 87], lines["cc"], lines["d" * 86]) == (1, 1, 2, 2)
+    assert (lines["a"], lines["b" * 87], lines["c"], lines["d" * 87]) == (1, 1, 2, 2)
 
 
 def test_what_is_explained_is_the_first_text_under_its_steering(monkeypatch):

@@ -18,7 +18,7 @@ from steerling_min.views.explain import COLOURS, explain
 from steerling_min.views.page import page
 
 PROMPT = 'The <script>alert("old")</script> & @DATA@ caf\u00e9 \u2615 @TITLE@ sailor'
-NEW = 16
+NEW = 8
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
@@ -72,7 +72,7 @@ def test_each_text_of_a_batch_has_its_own_explanation_and_its_own_inputs(steerin
     torch.nn.init.normal_(model.transformer.tok_emb.weight, std=0.5)
     model.requires_grad_(False)
     tokenizer, labels = Tokenizer.from_ranks({bytes([i]): i for i in range(256)}), Labels([], 8, 8)
-    prompts = [[97, 98, 99, 100, 101], [122, 121, 120, 119, 118]]
+    prompts = [[97, 98, 99], [122, 121, 120]]
     steps = list(unmask(model, prompts, 6, steps=4, seed=1, steering=steering))
     data = data_of(page(model, tokenizer, labels, steps, prompts[1], 1, steering))
     assert (data["steps"], data["steered"]) == (4, steering is not None)
@@ -83,7 +83,7 @@ def test_each_text_of_a_batch_has_its_own_explanation_and_its_own_inputs(steerin
         inputs = shown.pop("inputs")
         scores = input_attribution(model, before[when[token["position"]]], token["position"],
                                    token["id"])
-        largest = sorted(range(11), key=lambda i: -abs(scores[i].item()))[:5]
+        largest = sorted(range(9), key=lambda i: -abs(scores[i].item()))[:5]
         assert [(x["position"], x["contribution"]) for x in inputs] == [
             (i, pytest.approx(scores[i].item(), abs=1e-6)) for i in largest if scores[i] != 0], (
             "for and against, the largest first, as the text stood before the step; masks are none")

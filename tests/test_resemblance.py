@@ -1,11 +1,14 @@
 """Resemblance: a written chunk beside the training chunks that it is most like."""
 
+from itertools import islice
+
 import pytest
 
 from steerling_min import load
 from steerling_min.attribution import present
 from steerling_min.files.labels import Labels
-from steerling_min.views.resemblance import print_resemblances, resemblances
+from steerling_min.training.data import endless_stories
+from steerling_min.views.resemblance import print_resemblances, resemblances, texts_of_world
 
 CORPUS = ["The old sailor", "A dog named Biscuit", "The old sailor and a dog"]
 
@@ -30,6 +33,14 @@ def test_a_chunk_of_the_training_data_is_found_again(found):
         assert len(chunk["like"]) == 2
         assert chunk["like"][0]["text"] == chunk["text"], "it is most like itself"
         assert chunk["like"][0]["cosine"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_corpus_is_what_the_bundled_model_was_trained_on_first():
+    model, _ = load(device="cpu")
+    texts = texts_of_world(model, steps=2)
+    stories = [story for step in (0, 1) for story in islice(endless_stories(f"0 {step}"), 8)]
+    assert texts == [chunk.text for story in stories for chunk in story], (
+        "eight stories of each step of train_tiny.py with seed 0")
 
 
 def test_shared_concepts_are_named(found, capsys):

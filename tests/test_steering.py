@@ -125,9 +125,8 @@ def test_two_suppressions_are_both_subtracted(model):
 
 
 def test_a_sum_has_all_that_either_has():
-    parts = [Steering.unlearn(i) + Steering(known=((i, 2.0),), unknown=((i + 1, 3.0),),
-                                            epsilon="keep") for i in (4, 6)]
-    a, b = parts
+    a, b = (Steering((Injection((i,), 1.0),), ((i, 9.0),), ((i, 2.0),), ((i + 1, 3.0),), "keep")
+            for i in (4, 6))
     for name in ("injections", "suppressions", "known", "unknown"):
         assert getattr(a + b, name) == getattr(a, name) + getattr(b, name), f"{name} of both"
     assert (Steering.amplify(1) + a).epsilon == (a + Steering.amplify(1)).epsilon == "keep", (

@@ -57,8 +57,12 @@ def test_masks_turn_into_tokens_and_the_screen_is_left_clean(bundled, monkeypatc
 
 def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
     monkeypatch.setattr(module, "FRAME", 0)
-    out = Terminal()
-    run(bundled, out)
+    pieces_of, seen, out = module.pieces_of, [], Terminal()
+    monkeypatch.setattr(module, "pieces_of", lambda step, tokenizer, L, when, new: (
+        seen.append(dict(when)), pieces_of(step, tokenizer, L, when, new))[1])
+    steps, _ = run(bundled, out)
+    written = {int(step.positions[0]): number for number, step in enumerate(steps)}
+    assert seen[-1] == written, "position -> step, of all that was written so far"
     colours = set(map(int, re.findall(r"38;5;(\d+)m", out.getvalue())))
     assert colours == set(module.COLOURS), "from the first step's to the last step's"
 
