@@ -115,7 +115,7 @@ SMALL = Attribution(  # two tokens, of which the first has contributions of both
 
 
 def test_each_part_is_summed_before_its_size_is_taken():
-    close(SMALL.parts(), torch.tensor([[2.0, -4.0, 2.0], [1.0, 1.0, 2.0]]), "known: 3 - 1 = 2")
+    close(SMALL.parts(), torch.tensor([[2.0, -4.0, 2.0], [1.0, 1.0, -2.0]]), "known: 3 - 1 = 2")
     close(SMALL.shares(), torch.tensor([[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]),
           "the report's Eq. 22: |2|, |-4| and |2| of 8")
     assert torch.equal(SMALL[1:].tokens, torch.tensor([8]))

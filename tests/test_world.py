@@ -146,6 +146,12 @@ def test_splitting_a_chunk_gives_back_its_one_to_three_sentences(chunks):
                 f"one sentence has one end mark: {sentence}")
 
 
+def test_a_question_and_speech_are_sentences_wherever_they_stand():
+    text = 'Who sat? "Sit," said Mara. Mara sat.'
+    assert split_sentences(text) == ["Who sat?", '"Sit," said Mara.', "Mara sat."], (
+        "in a story a question comes last; what a model writes may go on")
+
+
 def test_every_sentence_has_exactly_one_reading(chunks):
     for sentence in {s for chunk in chunks[:3000] for s in split_sentences(chunk.text)}:
         readings = [ids for pattern, ids in world.RULES if pattern.fullmatch(sentence)]
