@@ -33,9 +33,11 @@ def a_block():
 def test_the_norms_sit_on_the_branches_outputs():
     block, around = a_block()
     x = torch.randn(1, 8, 32)
+    block.ln_1.weight.data = torch.rand(32) + 0.5
     after_attention = x + block.ln_1(block.attn(x, *around))
     expected = after_attention + block.ln_2(block.mlp(after_attention))
-    close(block(x, *around), expected, "x + ln_1(attn(x)), then x + ln_2(mlp(x)) of the new x")
+    close(block(x, *around), expected, "x + ln_1(attn(x)), then x + ln_2(mlp(x)) of the new x; "
+          "each norm has a weight of its own")
     added = (block(x, *around) - after_attention).square().mean(-1).sqrt()
     close(added, torch.ones(1, 8), "ln_2 (weight 1) gives what the MLP adds root mean square 1",
           atol=1e-2)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIG, OFFICIAL
+from conftest import CONFIG, OFFICIAL, TEXT
 
 from steerling_min import Config, Steerling, Tokenizer
 from steerling_min.files.checkpoint import LM_HEAD
@@ -26,7 +26,7 @@ def test_null_sizes_follow_from_others():
 
 
 def test_the_tiny_models_special_tokens_are_its_tokenizers():
-    tokenizer, config = Tokenizer.train("a b c", 300), Config.tiny(vocab_size=261)
+    tokenizer, config = Tokenizer.train(TEXT, 300), Config.tiny(300)
     for name in ("eos", "pad", "bos", "endofchunk", "mask"):
         name += "_token_id"
         assert getattr(config, name) == getattr(tokenizer, name), f"{name}: another token"

@@ -76,6 +76,11 @@ def test_left_out_means_null_not_the_8bs_value(name):
     assert config_from_dict(data) == config_from_dict({**HUB, name: None})
 
 
+def test_a_switch_that_is_left_out_is_as_it_must_be():
+    sizes = {key: value for key, value in HUB.items() if key not in FIXED}
+    assert config_from_dict(sizes) == Config.steerling_8b()
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 UNSUPPORTED = {

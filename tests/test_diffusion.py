@@ -43,7 +43,7 @@ def test_a_last_short_block_has_a_level_too():
         assert (t[:, begin:end] == t[:, begin:begin + 1]).all(), "blocks count from position 0"
 
 
-def test_noise_levels_are_uniform_from_0_to_1():
+def test_noise_levels_are_uniform():
     t = noise_levels(2000, 40, 2, rng())[:, ::2].flatten()  # 40,000 draws
     at = torch.tensor([0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0])
     close(torch.quantile(t, at), at, "t ~ U(0, 1): nearly clean and nearly masked blocks occur, "

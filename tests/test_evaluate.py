@@ -150,15 +150,19 @@ def test_prompts_are_cut_at_1_to_100_tokens(monkeypatch):
 
 
 def test_the_bound_is_that_of_all_tokens_but_the_first(monkeypatch):
-    """A model that pays 100 nats for <|bos|> and 2 for any other token."""
+    """A model that pays 100 nats for <|bos|> and 1 or 2 for any other token."""
+    def costs(tokens):
+        return torch.where(tokens == TOKENIZER.bos_token_id, 100.0, 1.0 + tokens % 2)
+
     def bound(model, tokens, start, samples, generator):
-        costs = torch.where(tokens == TOKENIZER.bos_token_id, 100.0, 2.0)
-        return costs[:, start:].mean(1)
+        return costs(tokens)[:, start:].mean(1)
     monkeypatch.setattr(evaluate, "likelihood_bound", bound)
     found = evaluate.likelihood(SimpleNamespace(device="cpu"), TOKENIZER, 3)
-    assert found["bound, nats per token"] == pytest.approx(2), "<|bos|> is given, and no token"
-    lost = [2 * (len(tokens_of(story, TOKENIZER)) - 1) + story.log_prob
-            for story in held_out_stories(3)]
+    stories = held_out_stories(3)
+    paid = [costs(torch.tensor(tokens_of(story, TOKENIZER)[1:])) for story in stories]
+    assert found["bound, nats per token"] == pytest.approx(torch.cat(paid).mean().item()), (
+        "of all stories' tokens together; <|bos|> is given, and no token")
+    lost = [x.sum().item() + story.log_prob for x, story in zip(paid, stories)]
     assert found["likelihood bound / entropy"] == pytest.approx(
         (world.entropy() + sum(lost) / 3) / world.entropy()), (
         "what the model loses to the grammar on the same stories, on top of the entropy")

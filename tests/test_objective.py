@@ -292,8 +292,10 @@ def test_without_labels_nothing_is_injected():
         assert (injected == -1).all()
 
 
-def test_a_concepts_own_direction_is_injected_at_its_strength_and_nowhere_else(model):
+def test_a_concepts_own_direction_is_injected_at_its_strength_and_nowhere_else():
     """The vectors that reach the backbone, against `Steering.amplify` of the same concept."""
+    torch.manual_seed(0)
+    model = Steerling(dataclasses.replace(CONFIG, n_layers=4))  # early, 1, is not the middle, 2
     seen = {}
     forward = model.transformer.forward
     model.transformer.forward = lambda tokens, injections: (

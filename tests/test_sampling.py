@@ -117,6 +117,11 @@ def test_temperature_sharpens():
     assert drawn.count(1) / 500 > 0.75, "p^(1/0.25) puts 0.82 on the best token of 0.4"
 
 
+def test_the_nucleus_is_one_of_the_sharpened_distribution():
+    drawn = {sample(P.log(), 0.25, 0.5, False, rng(seed)).item() for seed in range(100)}
+    assert drawn == {1}, "at temperature 1/4 its 0.82 is beyond top_p 0.5: nothing comes after it"
+
+
 def test_entropy_sampling_overrules_the_temperature():
     a, b = ([sample(P.log(), temperature, 0.9, True, rng(seed)).item() for seed in range(40)]
             for temperature in (0.0, 5.0))
@@ -139,6 +144,8 @@ def test_the_threshold_is_compared_with_the_confidences_as_they_are():
     alike[1, 2] = 1e-6
     reached = alike.softmax(-1).amax(-1)[1].item()  # by the second alone, though they are alike
     assert most_confident(alike, None, reached)[1].tolist() == [1]
+    assert torch.equal(most_confident(alike, 2, None)[0], alike.softmax(-1).amax(-1)), (
+        "what is reported are the confidences as they are, too")
     assert most_confident(alike, None, 1.0)[1].tolist() == [0], "none: the first of the equals"
     assert most_confident(LOGITS, None, 0.0)[1].tolist() == [1, 2, 0, 3], "surest first"
 
