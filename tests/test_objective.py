@@ -113,7 +113,7 @@ def test_the_state_without_epsilon_is_what_the_heads_say(model):
 
 
 def test_presence_weighs_1_the_others_as_they_say(model):
-    assert (EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT) == (0.01, 64, 10, 1), (
+    assert (EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT) == (0.01, 64, 1, 4), (
         "the weights that the bundled model was trained with: the README's table is of those")
     found, hidden = losses(model), model.transformer(NOISY)
     labels = has_concepts(BATCH.labels, 8)
@@ -265,8 +265,8 @@ def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end(
                     (3, -1)}, "every concept that a chunk has, or none"
     assert len(set(strengths)) == 400, "each chunk has a strength of its own"
     low, high = STRENGTHS
-    assert (low, high) == (3, 10) and min(strengths) < 3.2 and max(strengths) > 9.8
-    assert abs(sum(strengths) / 400 - 6.5) < 4 * 7 / 12**0.5 / 20, "uniform, 3 to 10 logits"
+    assert (low, high) == (3, 14) and min(strengths) < 3.2 and max(strengths) > 13.7
+    assert abs(sum(strengths) / 400 - 8.5) < 4 * 11 / 12**0.5 / 20, "uniform, 3 to 14 logits"
 
 
 def test_a_concept_of_more_weight_is_injected_more_often():

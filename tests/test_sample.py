@@ -198,9 +198,9 @@ def test_steering_by_name_or_number_changes_the_text(run):
     by_name = run("--seed", 1, "--steer", "Space=8", model=None, new=40).out
     by_number = run("--seed", 1, "--steer", "3=8", model=None, new=40).out
     assert parts(by_name)[1] == parts(by_number)[1] != parts(plain)[1]
-    both = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", model=None, new=40).out
+    both = run("--seed", 1, "--steer", "space=8", "--steer", "castle=-7", model=None, new=40).out
     assert parts(both)[1] != parts(by_name)[1], "strengths below 0 keep a concept out"
-    gentle = run("--seed", 1, "--steer", "space=8", "--steer", "sad=-7", "--suppression", 0,
+    gentle = run("--seed", 1, "--steer", "space=8", "--steer", "castle=-7", "--suppression", 0,
                  model=None, new=40).out
     assert parts(gentle)[1] != parts(both)[1], "its promoted tokens are not lowered then"
 
