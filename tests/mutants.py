@@ -341,14 +341,14 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "backbone": "model device cache unmasking steering attribution",
     "block": "backbone model", "checkpoint": "loading quantize model sample",
     "cache": "unmasking device steering",
-    "config": "config_json model checkpoint tokenizer unmasking",
+    "config": "config_json model iguide checkpoint tokenizer unmasking",
     "config_json": "checkpoint loading model", "curve": "train_tiny",
     "data": "train_tiny evaluate", "diffusion": "objective evaluate sample",
     "distributed": "losses train_tiny", "evaluate": "train_tiny",
     "explain": "page animation sample", "iguide": "model steering attribution objective unmasking",
     "labels": "explain animation sample", "loading": "checkpoint sample",
     "losses": "objective train_tiny",
-    "model": "checkpoint attribution unmasking sample", "norm": "block backbone model",
+    "model": "checkpoint quantize attribution unmasking sample", "norm": "block backbone model",
     "objective": "train_tiny", "page": "sample", "quantize": "checkpoint sample",
     "run": "train_tiny", "sampling": "unmasking cache",
     "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
@@ -561,9 +561,12 @@ def run_tests(copy: Path, tests: list[str], options: list[str], limit: float | N
 
 
 def make_copy(copy: Path) -> Path:
-    """Copy the repository, without what is hidden or built."""
+    """Copy the repository, without what was built, into a repository of its own."""
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
-        ".*", "__pycache__", "*.egg-info", "*.whl", "build", "runs", "venv"))
+        ".git", ".venv", ".course", ".*cache", "__pycache__", "*.egg-info", "*.whl", "build",
+        "runs", "venv"))
+    for words in ("init --quiet", "add --all"):  # a handout is made of what git knows
+        subprocess.run(["git", *words.split()], cwd=copy, check=True)
     code = "import steerling_min; print(steerling_min.__file__)"
     found = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment(copy),
                            capture_output=True, text=True, check=True).stdout.strip()

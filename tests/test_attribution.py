@@ -109,13 +109,13 @@ def test_under_guidance_the_states_are_those_that_saw_the_prompt(model):
 
 SMALL = Attribution(  # two tokens, of which the first has contributions of both signs
     tokens=torch.tensor([7, 8]),
-    known_ids=torch.tensor([[1, 2], [2, 3]]), known=torch.tensor([[3.0, -1.0], [0.0, 1.0]]),
+    known_ids=torch.tensor([[1, 2], [2, 3]]), known=torch.tensor([[1.0, -3.0], [0.0, 1.0]]),
     unknown_ids=torch.tensor([[5], [5]]), unknown=torch.tensor([[-4.0], [1.0]]),
     epsilon=torch.tensor([2.0, -2.0]))
 
 
 def test_each_part_is_summed_before_its_size_is_taken():
-    close(SMALL.parts(), torch.tensor([[2.0, -4.0, 2.0], [1.0, 1.0, -2.0]]), "known: 3 - 1 = 2")
+    close(SMALL.parts(), torch.tensor([[-2.0, -4.0, 2.0], [1.0, 1.0, -2.0]]), "known: 1 - 3 = -2")
     close(SMALL.shares(), torch.tensor([[0.25, 0.5, 0.25], [0.25, 0.25, 0.5]]),
           "the report's Eq. 22: |2|, |-4| and |2| of 8")
     assert torch.equal(SMALL[1:].tokens, torch.tensor([8]))
@@ -123,8 +123,8 @@ def test_each_part_is_summed_before_its_size_is_taken():
 
 def test_a_chunks_mass_is_that_of_single_contributions():
     chunk = chunk_attribution(SMALL)  # masses 3 + 1 + 4 + 2 = 10, and 0 + 1 + 1 + 2 = 4
-    assert chunk.known == pytest.approx({1: 0.15, 3: 0.125, 2: -0.05}) and [*chunk.known] == [
-        1, 3, 2], "signed, the largest first: 3/10 over two tokens"
+    assert chunk.known == pytest.approx({2: -0.15, 3: 0.125, 1: 0.05}) and [*chunk.known] == [
+        2, 3, 1], "signed, the largest size first: -3/10 over two tokens"
     assert chunk.unknown == pytest.approx({5: (-0.4 + 0.25) / 2})
     assert chunk.epsilon == pytest.approx((0.2 + 0.5) / 2), "not the 0.25 and 0.5 of its shares"
 

@@ -101,7 +101,8 @@ def test_the_same_exercises_give_the_same_handout_byte_for_byte(
     head = log(handed_out, "--format=%H")
     assert code == 0 and "4 exercises, 45 minutes" in out and head[:12] in out
     assert log(tmp_path / "again", "--format=%H") == head
-    assert log(tmp_path / "again", "--format=%an %ad") == log(handed_out, "--format=%an %ad")
+    assert log(handed_out, "--format=%an %at %ct") == "steerling_min 1767225600 1767225600\n", (
+        "1 January 2026, whenever it is made")
 
 
 def test_nothing_in_a_handout_quotes_a_solution(original, run, tmp_path):
@@ -197,7 +198,8 @@ def small(tmp_path_factory):
                                  "        return 2 * x\n",
         "steerling_min/steering.py": "def alpha_of(x):\n    'One more.'\n    return x + 1\n",
         "tests/conftest.py": "import steerling_min.norm, steerling_min.steering\n",
-        "tests/test_norm.py": "from steerling_min.norm import RMSNorm\n"
+        "tests/test_norm.py": "import pytest\nfrom steerling_min.norm import RMSNorm\n"
+            "@pytest.mark.skip\ndef test_on_a_gpu(): assert False\n"  # not in anybody's mark
             "def test_three():\n    assert RMSNorm().forward(3) == 6, 'twice three is six'\n"
             "def test_two():\n    assert RMSNorm().forward(2) == 4, 'twice two is four'\n",
         "tests/test_steering.py": "from steerling_min.steering import alpha_of\n"
@@ -301,9 +303,9 @@ def test_grading_leaves_the_submissions_and_the_original_as_they_are(small, subm
 
 @pytest.fixture
 def two(small, submissions):
-    """Two students, one of whom has shortened the list of what was handed out."""
+    """Two students who have shortened the list of what was handed out, each in a way of his own."""
     folders = [submissions / "right", submissions / "wrong once"]
-    for folder, names in zip(folders, ("norm\nalpha\n", "alpha\nanything\n")):
+    for folder, names in zip(folders, ("norm\n", "alpha\nanything\n")):
         (folder / "steerling_min" / "course").mkdir(exist_ok=True)
         (folder / "steerling_min" / "course" / "handed_out.txt").write_text(names)
     return folders

@@ -92,6 +92,26 @@ def test_the_tests_that_a_modification_changes_exist(modification):
         assert (TESTS / file).is_file()
 
 
+def test_of_several_functions_of_a_name_the_last_counts_with_its_decorators():
+    first, last = "def f():\n    return 1\n", "@cache\n@other(\n    2)\ndef f():\n    return 2\n"
+    text = f"import x\n{first}\n{last}y = 3\n"
+    exercise = EXERCISES["norm"]._replace(where="norm.py f")
+    assert cut(exercise, text) == last, "as Python takes it"
+    assert exchanged(exercise, text, "def f(): ...\n") == (
+        f"import x\n{first}\ndef f(): ...\ny = 3\n"), "nothing else is touched"
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "work.py"
+    write(file, "an hour's work")
+    assert [x.name for x in tmp_path.iterdir()] == ["work.py"], "and nothing lies beside it"
+    monkeypatch.setattr(Path, "write_text", lambda self, *args, **options: (
+        self.write_bytes(b"half"), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        write(file, "the next one's")
+    assert file.read_bytes() == b"an hour's work", "it is replaced when all is written"
+
+
 def test_a_function_is_taken_out_and_put_back_to_the_byte(run, root):
     file = root / "steerling_min" / "attention.py"
     before = file.read_bytes()

@@ -27,8 +27,8 @@ def written():
     model, tokenizer = load()
     prompt = [*tokenizer.encode(PROMPT), tokenizer.endofchunk_token_id]
     steps = list(unmask(model, [prompt] * 2, NEW, seed=1, align=True))
-    labels = Labels([Label(0, "sea & </script>")], model.config.n_concepts,
-                    model.config.n_unknown_concepts)
+    labels = Labels([Label(i, f"{i} & </script>") for i in range(model.config.n_concepts)],
+                    model.config.n_concepts, model.config.n_unknown_concepts)
     return steps, tokenizer, prompt, page(model, tokenizer, labels, steps, prompt, row=1)
 
 
@@ -45,6 +45,7 @@ def test_the_page_needs_nothing_from_elsewhere(written):
 def test_no_text_can_become_markup(written):
     text = written[3]
     assert "<script>alert" not in text and text.count("</script>") == 2
+    assert " & </script>" in str(data_of(text)["tokens"]), "nor any label"
     assert "".join(data_of(text)["prompt"]) == PROMPT + "<|endofchunk|>", "yet all of it is there"
     assert "<title>The &lt;script&gt;alert(&quot;old&quot;)&lt;/script&gt; &amp; @DATA@ caf" in text
 

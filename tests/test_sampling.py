@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerling_min.sampling import (Options, choose, commits_per_step, entropy_temperature,
@@ -179,6 +180,16 @@ def test_bans_and_penalty_come_before_confidence():
     chosen, ids, _ = choose(logits, torch.tensor([0]), 1, torch.tensor([2]),
                             replace(greedy, repetition_penalty=100.0), rng())
     assert (chosen.tolist(), ids.tolist()) == ([1], [1]), "... or of one it repeats"
+
+
+def test_the_edges_of_what_an_option_may_be():
+    Options(top_p=0.0, stop_tokens=(0, 19), steps=1, seed=0).check(CONFIG)
+    Options(top_p=1.0, confidence_threshold=1.0, temperature=0.0).check(CONFIG)
+    for change, name in (({"stop_tokens": (3, 20)}, "stop_tokens"), ({"top_p": -1e-9}, "top_p"),
+                         ({"stop_tokens": (3, -1)}, "stop_tokens"), ({"steps": 0}, "steps"),
+                         ({"seed": -1}, "seed"), ({"repetition_penalty": 0.0}, "repetition")):
+        with pytest.raises(ValueError, match=name):
+            Options(**change).check(CONFIG)
 
 
 def test_a_row_without_masks_commits_nothing():
