@@ -12,6 +12,7 @@ runs in a process of its own (a fork, so not on Windows), and ends as one of
 """
 
 import argparse
+import atexit
 import base64
 import csv
 import io
@@ -22,12 +23,14 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,6 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample  # noqa: E402
+import train_tiny  # noqa: E402
 from steerling_min import Config, Steering, Steerling, Tokenizer, unmask  # noqa: E402
 from steerling_min.files.config_json import GENERATION, WRITING, write_generation  # noqa: E402
 from steerling_min.files.labels import COLUMNS  # noqa: E402
@@ -225,11 +229,55 @@ def sampler(rng: random.Random, folder: Path) -> Case:
     return repr(arguments)[:300], call
 
 
-# A kind of the trainer's (damaged states, its command lines) is one more function here: it makes
-# what it damages in the folder, and returns a call that runs train_tiny.main as `command` runs
-# sample.main.
+@cache
+def run_of_two_steps() -> Path:
+    """A run's folder, and beside it the text that it was trained on."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    (folder / "a.txt").write_text("Some words, and then some more of them. " * 300)
+    subprocess.run([sys.executable, train_tiny.__file__, "--text", folder / "a.txt",
+                    "--vocab", "270", "--steps", "2", "--batch", "1", "--device", "cpu",
+                    "--out", folder / "run"], check=True, stdout=subprocess.DEVNULL)
+    return folder / "run"
+
+
+def training(rng: random.Random, folder: Path) -> Case:
+    """A damaged run that is to go on."""
+    run = Path(shutil.copytree(run_of_two_steps(), folder / "run"))
+    file = run / rng.choice(["training.safetensors", "run.json", "config.json"])
+    data = file.read_bytes()
+    if file.suffix == ".json":
+        text = damaged_json(rng, data.decode())
+        file.write_text(text, errors="surrogateescape")
+    else:  # in the header: what the weights say has no checksum
+        head = damaged_bytes(rng, data[:6000])
+        file.write_bytes(head + data[6000:])
+        text = repr(head)
+
+    def call():
+        sys.argv = ["train_tiny.py", "--resume", "--out", str(run), "--steps", "3"]
+        with redirect_stdout(io.StringIO()):
+            train_tiny.main()
+    return f"{file.name}: {text}", call
+
+
+def trainings(rng: random.Random, folder: Path) -> Case:
+    """Command lines of train_tiny.py that are to start a run of one step."""
+    flags = ["--minutes", "--steps", "--batch", "--lr", "--seed", "--size", "--text", "--vocab",
+             "--concepts", "--top", "--without", "--init", "--device", "--dtype", "--out"]
+    args = [x for flag in rng.sample(flags, rng.randint(1, 3)) for x in (flag, rng.choice(VALUES))]
+
+    def call():
+        sys.argv = ["train_tiny.py", "--out", str(folder / "run"), "--batch", "1", "--steps", "1",
+                    *args]
+        with redirect_stdout(io.StringIO()):
+            train_tiny.main()
+    os.chdir(folder)
+    return " ".join(map(repr, args)), call
+
+
 KINDS = {kind.__name__: kind for kind in (checkpoint, config, generation, labels, ranks, commands,
-                                          sampler)}
+                                          sampler, training, trainings)}
 # What the undamaged folder says to the same call, where a case can be compared with it.
 COMPARED = {"checkpoint": [*WRITE, "--json"], "config": [*WRITE, "--json"],
             "ranks": [*WRITE, "--json"], "labels": [*WRITE, "--json", "--steer", "#3=1"]}

@@ -11,7 +11,10 @@ from attack import FAULTS, KINDS, attack, outcome
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in forks")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = ("training", "trainings")  # by hand; tests/test_run.py has the trainer's cases
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SLOW])
 def test_whatever_is_handed_in_there_is_no_fault(kind):
     counts = attack(kind, cases=12, seed=1)
     assert not any(counts[name] for name in FAULTS), f"{counts}: shown above, with the seed"
