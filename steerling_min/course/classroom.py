@@ -35,7 +35,8 @@ from .functions import blanked, exchanged, file_of, find, read, write
 
 # What a handout leaves out: what quotes solutions, what grades, and what only looks after this
 # repository. The official package's numbers stay: the tests of exercises read them.
-TEACHERS = [".ci", "tests/mutants.py", "tests/test_course.py", "tests/test_classroom.py",
+TEACHERS = [".ci", "tests/mutants.py", "tests/mistakes.json", "tests/test_course.py",
+            "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md"))]
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
