@@ -355,6 +355,7 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
     "unmasking": "cache device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate"}.items()}
+OWN = {"functions": "course", "__main__": "course"}  # whose tests have another name
 # Not among "all": slow ones, and those that read the package's text, not what it does.
 APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course",
          "readme")
@@ -512,7 +513,7 @@ def by_hand() -> list[Mutant]:
 def tests_of(mutant: Mutant, second: bool) -> list[str]:
     """Test files to run first, and when these pass."""
     file = Path(mutant.file)
-    mine = f"tests/test_{file.stem}.py"
+    mine = f"tests/test_{OWN.get(file.stem, file.stem)}.py"
     fast = [f"tests/{test.name}" for test in sorted((ROOT / "tests").glob("test_*.py"))
             if test.stem.removeprefix("test_") not in APART and f"tests/{test.name}" != mine]
     if second:

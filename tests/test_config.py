@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import CONFIG, OFFICIAL, TEXT
+from conftest import CONFIG, OFFICIAL
 
-from steerling_min import Config, Steerling, Tokenizer
+from steerling_min import Config, Steerling
 from steerling_min.files.checkpoint import LM_HEAD
 
 # ---- what follows from what ----------------------------------------------------------------------
@@ -23,13 +23,6 @@ def test_null_sizes_follow_from_others():
     assert null.mlp_hidden == 4 * CONFIG.n_embd, "mlp_ratio * n_embd"
     assert null.known_topk == 5, "topk_known"
     assert dataclasses.replace(null, mlp_ratio=2.6).mlp_hidden == 83, "2.6 * 32, rounded down"
-
-
-def test_the_tiny_models_special_tokens_are_its_tokenizers():
-    tokenizer, config = Tokenizer.train(TEXT, 300), Config.tiny(300)
-    for name in ("eos", "pad", "bos", "endofchunk", "mask"):
-        name += "_token_id"
-        assert getattr(config, name) == getattr(tokenizer, name), f"{name}: another token"
 
 
 def test_a_given_hidden_width_shapes_the_mlp():

@@ -2,6 +2,8 @@
 
 import runpy
 
+import sys
+
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -44,4 +46,5 @@ def in_each_of_two(rank, folder):
 
 
 def test_two_processes_share_one_mean_and_its_gradient(tmp_path):
-    multiprocessing.spawn(in_each_of_two, (str(tmp_path),), nprocs=2)
+    multiprocessing.start_processes(in_each_of_two, (str(tmp_path),), nprocs=2,
+                                    start_method="fork" if sys.platform == "linux" else "spawn")

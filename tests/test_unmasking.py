@@ -47,7 +47,12 @@ def test_parity_of_every_commit_with_the_official_package(model, name, use_cache
     for i, (step, commit) in enumerate(zip(steps, run["commits"])):
         ours = [i, step.positions[0].tolist(), step.ids[0].tolist()]
         assert ours == commit, f"the first step that departs is {i}: [step, positions, ids]"
-    assert steps[-1].tokens[0].tolist() == run["tokens"]
+    other = [i for i, (ours, theirs) in enumerate(zip(steps[-1].tokens[0].tolist(), run["tokens"],
+                                                      strict=True)) if ours != theirs]
+    assert not other, (
+        f"in the end other tokens stand at positions {other}, and " + (
+            "every commit was right: see what unmasking.write puts behind an end of turn"
+            if run["commits"] else "guidance decides (no commits were recorded): see asked_logits"))
 
 
 def test_parity_of_the_defaults_with_the_official_package(model):
