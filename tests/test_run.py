@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from steerling_min import load
+from steerling_min.files.config_json import read_config, read_generation
 from steerling_min.files.labels import LABELS, load_labels
+from steerling_min.files.loading import TINY
 from steerling_min.training import run as run_module
 from steerling_min.training.run import LOCK, RUN, STATE, Run
 
@@ -96,6 +98,16 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkey
 
 def a_run(tmp_path):
     return Run(Namespace(out=tmp_path / "out", resume=False))
+
+
+def test_a_model_of_stories_likes_to_write_as_the_bundled_one_does(run, tmp_path, sentences):
+    run("--steps", 1)
+    config = read_config(tmp_path / "out" / "config.json")
+    bundled = read_generation(TINY, config)
+    assert bundled["allow_eos"] and read_generation(tmp_path / "out", config) == bundled, (
+        "stories repeat names on purpose, and end: generation_config.json must say so")
+    run("--steps", 1, "--text", sentences(), out=tmp_path / "text")
+    assert read_generation(tmp_path / "text", config) == {}, "other texts have the usual defaults"
 
 
 def test_the_third_ctrl_c_waits_no_longer(tmp_path):

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from ..files.checkpoint import INDEX, read_header
+from ..files.config_json import write_generation
 from ..files.labels import GET_LABELS, LABELS, Label, Labels, load_labels, write_labels
 from ..files.loading import find_labels, load
 from ..files.tokenizer import RANK_FILE, Tokenizer
@@ -153,6 +154,9 @@ class Run:
             write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
                                 model.config.n_concepts, model.config.n_unknown_concepts),
                          self.folder)
+            if isinstance(corpus, Stories):  # they repeat names on purpose, and end
+                write_generation(self.folder, max_new_tokens=250, repetition_penalty=1.0,
+                                 allow_eos=True)
             self.save(model, optimizer)
         if RANK == 0:
             run = {"options": self.options, "data": corpus.fingerprint}
