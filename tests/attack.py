@@ -32,6 +32,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -102,12 +103,12 @@ def damaged_json(rng: random.Random, text: str) -> str:
     return json.dumps(data)
 
 
-def command(*args: object) -> Callable[[], object]:
-    """sample.py with these arguments: what it prints, but for the figures; JSON if it is."""
+def command(*args: object, script: ModuleType = sample) -> Callable[[], object]:
+    """A script with these arguments: what it prints, but for the figures; JSON if it is."""
     def call():
-        sys.argv, out = ["sample.py", *map(str, args)], io.StringIO()
+        sys.argv, out = [Path(script.__file__).name, *map(str, args)], io.StringIO()
         with redirect_stdout(out):
-            sample.main()
+            script.main()
         return out.getvalue()
     return call
 
@@ -253,12 +254,8 @@ def training(rng: random.Random, folder: Path) -> Case:
         head = damaged_bytes(rng, data[:6000])
         file.write_bytes(head + data[6000:])
         text = repr(head)
-
-    def call():
-        sys.argv = ["train_tiny.py", "--resume", "--out", str(run), "--steps", "3"]
-        with redirect_stdout(io.StringIO()):
-            train_tiny.main()
-    return f"{file.name}: {text}", call
+    return f"{file.name}: {text}", command("--resume", "--out", run, "--steps", "3",
+                                           script=train_tiny)
 
 
 def trainings(rng: random.Random, folder: Path) -> Case:
@@ -266,14 +263,9 @@ def trainings(rng: random.Random, folder: Path) -> Case:
     flags = ["--minutes", "--steps", "--batch", "--lr", "--seed", "--size", "--text", "--vocab",
              "--concepts", "--top", "--without", "--init", "--device", "--dtype", "--out"]
     args = [x for flag in rng.sample(flags, rng.randint(1, 3)) for x in (flag, rng.choice(VALUES))]
-
-    def call():
-        sys.argv = ["train_tiny.py", "--out", str(folder / "run"), "--batch", "1", "--steps", "1",
-                    *args]
-        with redirect_stdout(io.StringIO()):
-            train_tiny.main()
     os.chdir(folder)
-    return " ".join(map(repr, args)), call
+    return " ".join(map(repr, args)), command("--out", folder / "run", "--batch", "1", "--steps",
+                                              "1", *args, script=train_tiny)
 
 
 KINDS = {kind.__name__: kind for kind in (checkpoint, config, generation, labels, ranks, commands,

@@ -166,7 +166,7 @@ def parts_for_compose():
 def test_with_epsilon_no_gradient_reaches_the_heads():
     """The gradient question: composed = hidden, whatever known and unknown are."""
     hidden, known, unknown, labelled = parts = parts_for_compose()
-    kept = torch.zeros(B, dtype=torch.bool)
+    kept = torch.zeros(B, 1, dtype=torch.bool)
     composed = compose(*parts, kept, 0.5)
     assert torch.equal(composed, hidden), (
         "where epsilon is kept, hidden itself: a sum whose terms cancel is only close to it")
@@ -178,7 +178,7 @@ def test_with_epsilon_no_gradient_reaches_the_heads():
 
 def test_without_epsilon_the_heads_carry_the_prediction():
     hidden, known, unknown, labelled = parts = parts_for_compose()
-    dropped = torch.tensor([True, False])
+    dropped = torch.tensor([[True], [False]])
     composed = compose(*parts, dropped, 0.25)
     close(composed[0], (0.25 * labelled + 0.75 * known + unknown)[0], "labels stand in by 0.25")
     close(composed[1], hidden[1], "epsilon is dropped for whole sequences, this one keeps it")
@@ -190,7 +190,7 @@ def test_without_epsilon_the_heads_carry_the_prediction():
 
 def test_the_trap_both_sides_forced_is_hidden_again():
     hidden, known, unknown, labelled = parts = parts_for_compose()
-    composed = compose(*parts, torch.ones(B, dtype=torch.bool), 1.0, 1.0)
+    composed = compose(*parts, torch.ones(B, 1, dtype=torch.bool), 1.0, 1.0)
     close(composed, hidden, "labelled + (hidden - labelled) = hidden, although epsilon is dropped")
     (composed * normal(B, T, D, seed=9)).sum().backward()
     assert (known.grad == 0).all() and (unknown.grad == 0).all(), "and no gradient flows"

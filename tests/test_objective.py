@@ -190,7 +190,7 @@ def test_unmasked_tokens_cost_nothing(model):
 
 def test_composed_is_hidden_where_epsilon_stays(model):
     hidden, other = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    composed = compose(hidden, other, other, other, torch.tensor([False, True]), 0.5)
+    composed = compose(hidden, other, other, other, torch.tensor([[False], [True]]), 0.5)
     assert torch.equal(composed[0], hidden[0]) and not torch.equal(composed[1], hidden[1])
 
 

@@ -16,7 +16,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +127,12 @@ def endless_stories(seed: str) -> Iterator[Sequence[Chunk]]:
     rng = random.Random(seed)
     while True:
         yield world.write_story(rng).chunks
+
+
+def first_stories(steps: int = 30) -> Iterator[Sequence[Chunk]]:
+    """Eight stories from each of a run's first steps: `train_tiny.py`, seed 0."""
+    for step in range(steps):
+        yield from islice(endless_stories(f"0 {step}"), 8)
 
 
 def fingerprint(stream: Stream, labels: Sequence[Label]) -> str:

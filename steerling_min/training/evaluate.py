@@ -30,7 +30,7 @@ from ..model import Steerling
 from ..steering import Steering
 from ..unmasking import generate
 from . import world
-from .data import Batch, Stream, count_tokens, endless_stories, pack
+from .data import Batch, Stream, count_tokens, endless_stories, first_stories, pack
 from .losses import lift_weights
 from .measures import (alignment, contribution, detection, in_named_words, look, separation,
                        share)
@@ -295,8 +295,7 @@ def resemblance(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, flo
         chunks = [chunk for story in stories for chunk in story]
         return ([chunk.concepts[0] for chunk in chunks],  # the topic: it has the smallest id
                 embed_chunks(model, [tokenizer.encode(chunk.text) for chunk in chunks]))
-    topics, corpus = embedded(story for step in range(30)
-                              for story in islice(endless_stories(f"0 {step}"), 8))
+    topics, corpus = embedded(first_stories())
     same = []
     for topic, embedding in zip(*embedded(islice(endless_stories(HELD_OUT), n))):
         ids, _ = resembling(embedding, corpus, 5)

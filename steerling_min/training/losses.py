@@ -150,14 +150,12 @@ def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dr
     unknown side is the predicted one. Nothing is detached.
 
     Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
-    embeddings, summed), (M, D) at M positions; dropped (M,) bool, those in windows without epsilon;
-    force_known and force_unknown, 0 to 1 (`known_forcing`, `unknown_forcing`). Whole windows do as
-    well: four times (B, T, D), and dropped (B,).
+    embeddings, summed), (..., D); dropped (...) bool, where epsilon is left out, or a shape that
+    broadcasts to it; force_known and force_unknown, 0 to 1 (`known_forcing`, `unknown_forcing`).
     """
     forced_known = torch.lerp(known, labelled, force_known)
     forced_unknown = torch.lerp(unknown, hidden - labelled, force_unknown)
-    dropped = dropped.view(-1, *[1] * (hidden.dim() - 1))
-    return torch.where(dropped, forced_known + forced_unknown, hidden)
+    return torch.where(dropped[..., None], forced_known + forced_unknown, hidden)
 
 
 def known_forcing(progress: float) -> float:

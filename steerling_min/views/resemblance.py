@@ -1,27 +1,25 @@
 """The third attribution, for people: the training chunks that a written text is most like."""
 
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 
 from ..attribution import embed_chunks, present, resembling
 from ..files.labels import Labels
 from ..files.tokenizer import Tokenizer
 from ..model import Steerling
-from ..training.data import endless_stories, read_documents
+from ..training.data import first_stories, read_documents
 from ..training.world import CONCEPTS
 
 
 def texts_of_world(model: Steerling, steps: int = 30) -> list[str]:
-    """The chunks of eight stories from each of a run's first steps: train_tiny.py, seed 0.
+    """The chunks of the first stories that the tiny model was trained on (`first_stories`).
 
     Raises ValueError for a model that has other concepts than the tiny world's.
     """
     if model.config.n_concepts != len(CONCEPTS):
         raise ValueError("--resembles: this model has not seen the tiny world; give the FILE that "
                          "it was trained on")
-    return [chunk.text for step in range(steps)
-            for story in islice(endless_stories(f"0 {step}"), 8) for chunk in story]
+    return [chunk.text for story in first_stories(steps) for chunk in story]
 
 
 def texts_of_file(file: Path) -> list[str]:
