@@ -25,7 +25,7 @@ from steerling_min.attribution import promoted
 from steerling_min.files.cli import Parser, one_line_errors, printable
 from steerling_min.files.config_json import GENERATION, read_generation
 from steerling_min.files.labels import GET_LABELS, Label, Labels, load_labels
-from steerling_min.files.loading import find_checkpoint, find_labels
+from steerling_min.files.loading import SMALL, find_checkpoint, find_labels
 from steerling_min.files.writing import replacing, target
 from steerling_min.sampling import Options
 from steerling_min.steering import SUPPRESS
@@ -43,7 +43,6 @@ MOST = 20  # concepts that --find lists
 # Where neither the command line nor the model says more. None: entropy sampling.
 DEFAULTS = {"max_new_tokens": 128, "temperature": None, "top_p": Options.top_p,
             "repetition_penalty": Options.repetition_penalty, "allow_eos": False, "align": True}
-SMALL = 10_000_000  # parameters of a model so small that threads would only wait for each other
 
 
 def parser() -> Parser:
@@ -107,13 +106,14 @@ def parser() -> Parser:
     add = p.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="checkpoint folder, or a hub id that has been downloaded "
         "(default: the bundled tiny model)")
-    add("--device", default="auto", help="auto (cuda, else mps, else cpu) or a name")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu; for a small model cpu) "
+        "or a name")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the weights (default: bfloat16 on cuda, else float32)")
     add("--quantize", choices=["int8"],
         help="keep each weight in one byte: the 8B on a GPU of 16 GB")
-    add("--compile", action="store_true", help="torch.compile the backbone: slow to start "
-        "(minutes), faster after that")
+    add("--compile", action="store_true", help="torch.compile the blocks: slow to start, faster "
+        "after that")
     return p
 
 
@@ -296,7 +296,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
     new = args.max_new_tokens
     steering = steering_of(args.steer, labels, args.suppression)
     if args.compile:
-        model.transformer.compile(dynamic=True)  # the window's and the cache's lengths vary
+        for block in model.transformer.blocks:  # one after the other: all are compiled once
+            block.compile(dynamic=True)  # the window's and the cache's lengths vary
     began = time.perf_counter()
     run = unmask(model, [prompt] * args.num_samples, new, steps=args.steps,
                  temperature=args.temperature or 0.0, top_p=args.top_p,
@@ -409,7 +410,7 @@ def main() -> None:
         complete(args, model, len(prompt))
         size = sum(x.numel() for x in [*model.parameters(), *model.buffers()])
         if size < SMALL:
-            torch.set_num_threads(1)
+            torch.set_num_threads(1)  # more would only wait for each other
         print(f"model {args.model or 'tiny (bundled)'}: {size:,} parameters, "
               f"{args.quantize or str(model.dtype).removeprefix('torch.')}, on {model.device}; "
               f"seed {args.seed}; "

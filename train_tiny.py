@@ -212,7 +212,8 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) 
         start_concepts(model, lift, run.n_known)
     run.begin(model, optimizer, corpus)
     if args.compile:
-        model.transformer.compile()
+        for block in model.transformer.blocks:
+            block.compile()
     objective = Objective(model, args.without, lift)
     if args.init:
         objective.silent = ~counts[:-1].any(1).to(device)
@@ -293,10 +294,10 @@ def parse_args() -> Namespace:
                    help="go on with the run in --out, by its own options; more --steps or "
                         "--minutes (in all) make it longer: its schedules go on as if it had been "
                         "planned like that")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    p.add_argument("--device", default="auto", help="auto (cuda, else cpu) or a name")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the backbone")
+    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
                    help="train nothing; measure these models (default: the bundled one), with "
                         "--text on what was held out of it")
@@ -370,7 +371,7 @@ def make_corpus(args: Namespace, T: int, tokenizer: Tokenizer | None = None,
 
 def run(args: Namespace, this: Run) -> None:
     """Set up, train, and show how it went."""
-    device = pick_device(args.device)
+    device = pick_device(args.device, ("cuda", "cpu"))  # no Mac's GPU was tried
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":

@@ -69,8 +69,8 @@ class KVCache:
     tokens are final, advances `length`: see `cache.cached_hidden`.
     """
 
-    k: Tensor        # (n_layers, B, G, T, d)
-    v: Tensor        # (n_layers, B, G, T, d)
+    k: Tensor        # (n_layers, B, G, T, d); of one layer, (B, G, T, d)
+    v: Tensor        # the same
     length: int = 0  # positions [0, length) are final; a multiple of S
 
     @classmethod
@@ -81,12 +81,17 @@ class KVCache:
         k, v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         return cls(k, v)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (B, G, t, d) from `length` on; return those of positions [0, length + t)."""
+    def of(self, layer: int) -> "KVCache":
+        """One layer's part, in the same memory."""
+        return KVCache(self.k[layer], self.v[layer], self.length)
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (B, G, t, d) of one layer from `length` on; return those of positions
+        [0, length + t)."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        self.k[:, :, self.length:end] = k
+        self.v[:, :, self.length:end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -103,13 +108,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+                cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
 
         c_attn gives q, then k, then v, each head after head; all three are clamped to +- clip_qkv
-        (unless None), q and k then normalised over d and rotated. With a cache, k and v go through
-        its `update`, `layer` being this layer's place in it, and Tk is the cached positions plus T;
-        else T. Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
+        (unless None), q and k then normalised over d and rotated. With a cache (this layer's part
+        of it), k and v go through its `update`, and Tk is the cached positions plus T; else T.
+        Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
         through c_proj.
         """
         B, T, D = x.shape
@@ -121,7 +126,7 @@ class Attention(nn.Module):
         q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
         k = rotate(self.k_norm(k), cos, sin)  # (B, G, T, d)
         if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, G, Tk, d)
+            k, v = cache.update(k, v)  # (B, G, Tk, d)
         # softmax(q k^T / sqrt(d)) v, the mask's False set to -inf
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return self.c_proj(out.transpose(1, 2).reshape(B, T, D))

@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         mask = block_causal_mask(queries, keys, self.config.diff_block_size)
         cos, sin = rotary_tables(queries, self.config.head_dim, self.config.rope_base)
         for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, cache, layer)
+            x = block(x, cos, sin, mask, cache and cache.of(layer))
             for inject_layer, injection in injections.items():
                 if layer + 1 >= inject_layer:
                     x = x + injection

@@ -38,8 +38,8 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-                cache: KVCache | None = None, layer: int = 0) -> Tensor:
+                cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D): the two sums of the class, one after the other. The other
         arguments are passed to the attention."""
-        x = x + self.ln_1(self.attn(x, cos, sin, mask, cache, layer))
+        x = x + self.ln_1(self.attn(x, cos, sin, mask, cache))
         return x + self.ln_2(self.mlp(x))

@@ -83,10 +83,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
     (B, T), device, config = tokens.shape, tokens.device, model.config
     steerer = Steerer(steering or Steering(), model)
-    cache = None
-    if use_cache:
-        rows = 2 * B if how.cfg_scale > 0 else B
-        cache = KVCache.empty(config, rows, T, model.dtype, device)
+    rows = 2 * B if how.cfg_scale > 0 else B
+    cache = KVCache.empty(config, rows, T, model.dtype, device) if use_cache else None
     roles = special_roles(config, how, device)
     seed = secrets.randbits(62) if how.seed is None else how.seed
     draws = [torch.Generator(device).manual_seed(seed + b) for b in range(B)]

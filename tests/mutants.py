@@ -88,7 +88,7 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
     "backbone.py": [
         ("rotary: positions restart with the cache", "rotary_tables(queries,",
          "rotary_tables(queries - start,"),
-        ("all layers share one place in the cache", "mask, cache, layer)", "mask, cache)"),
+        ("all layers share one place in the cache", "cache.of(layer)", "cache.of(0)"),
         ("the output matrix is not tied", "self.lm_head.weight = self.tok_emb.weight",
          "nn.init.normal_(self.lm_head.weight)"),
         ("injection from layer + 1", "layer + 1 >= inject_layer", "layer >= inject_layer"),
@@ -98,8 +98,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "torch.arange(end)"),
     ],
     "block.py": [
-        ("norm before the attention", "self.ln_1(self.attn(x, cos, sin, mask, cache, layer))",
-         "self.attn(self.ln_1(x), cos, sin, mask, cache, layer)"),
+        ("norm before the attention", "self.ln_1(self.attn(x, cos, sin, mask, cache))",
+         "self.attn(self.ln_1(x), cos, sin, mask, cache)"),
         ("norm before the MLP", "self.ln_2(self.mlp(x))", "self.mlp(self.ln_2(x))"),
         ("up and gate swapped", "up, gate = ", "gate, up = "),
         ("silu on the wrong half", "up * F.silu(gate)", "F.silu(up) * gate"),
@@ -365,8 +365,6 @@ APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "eva
 EQUIVALENT = {
     "backbone.py: self.lm_head = nn.Linear([config.n_embd, config.vocab_size -> config.vocab_size, "
     "config.n_embd], bias=False)": "the next line gives it the embedding's weight",
-    "block.py: cache: KVCache | None = None, layer: int = [0 -> 1]) -> Tensor:":
-        "the default goes with no cache, and then the layer's number is not used",
     "iguide.py: LOGITS = [2 -> 3]**24": "how many logits at a time: memory, not results",
     "iguide.py: LOGITS = 2**[24 -> 25]": "how many logits at a time: memory, not results",
     "iguide.py: bags = F.embedding_bag([ids.reshape(-1, k), table -> table, ids.reshape(-1, k)], "

@@ -178,9 +178,9 @@ def test_a_pass_over_the_rest_equals_a_pass_over_everything():
     attn = Attention(CONFIG)
     x, cos, sin, mask = inputs(T=12)
     cache = KVCache.empty(CONFIG, 2, 12, x.dtype, x.device)
-    whole = attn(x, cos, sin, mask, cache)
+    whole = attn(x, cos, sin, mask, cache.of(0))
     cache.length = 8
-    rest = attn(x[:, 8:], cos[8:], sin[8:], mask[8:], cache)
+    rest = attn(x[:, 8:], cos[8:], sin[8:], mask[8:], cache.of(0))
     close(rest, whole[:, 8:], "keys go into the cache normalised and rotated", atol=1e-6)
     close(whole, attn(x, cos, sin, mask), "an empty cache changes nothing", atol=1e-6)
 
@@ -191,7 +191,7 @@ def test_what_an_earlier_pass_wrote_behind_length_is_never_read():
     cache = KVCache.empty(CONFIG, 2, 12, x.dtype, x.device)
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
-    attn(x[:, :4], cos[:4], sin[:4], mask[:4, :4], cache)
+    attn(x[:, :4], cos[:4], sin[:4], mask[:4, :4], cache.of(0))
     cache.length = 4
-    out = attn(x[:, 4:8], cos[4:8], sin[4:8], mask[4:8, :8], cache)
+    out = attn(x[:, 4:8], cos[4:8], sin[4:8], mask[4:8, :8], cache.of(0))
     assert not out.isnan().any(), "only [0, length) and the pass's own keys may be seen"

@@ -338,7 +338,7 @@ def test_a_command_that_meets_a_blank_says_which_and_what_to_do(capfd):
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "the exercise mask is not written yet" in error and "restore mask" in error
     with pytest.raises(NotImplementedError), one_line_errors("sample.py", "less"):
-        raise NotImplementedError("an operator that a GPU lacks")
+        raise NotImplementedError("what a subclass was to write")
 
 
 # ---- several blanks at once ----------------------------------------------------------------------

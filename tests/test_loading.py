@@ -14,7 +14,8 @@ import torch
 from conftest import CACHE_VARIABLES, GOLDEN, same_weights
 
 from steerling_min import Config, Steerling, Tokenizer, load
-from steerling_min.files.loading import TINY, find_checkpoint, find_labels, hub_cache
+from steerling_min.files.cli import one_line_errors
+from steerling_min.files.loading import TINY, find_checkpoint, find_labels, hub_cache, pick_device
 from steerling_min.files.tokenizer import RANK_FILE
 
 # ---- finding a checkpoint ------------------------------------------------------------------------
@@ -210,3 +211,26 @@ def test_a_config_that_disagrees_with_the_tokenizer_is_refused(tiny_folder, tmp_
 def test_a_device_that_is_not_there_is_named(tiny_folder, device):
     with pytest.raises(ValueError, match=f"device {device!r} is not available here; .*cpu"):
         load(tiny_folder, device)
+
+
+@pytest.mark.parametrize("there, best, trained", [
+    ({"cuda", "mps"}, "cuda", "cuda"), ({"mps"}, "mps", "cpu"), (set(), "cpu", "cpu")])
+def test_auto_takes_a_gpu_for_large_models_only(monkeypatch, there, best, trained):
+    """The tiny model is as fast on a CPU, and a Mac's GPU may lack an operator that it needs."""
+    for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(backend, "is_available", lambda kind=kind: kind in there)
+    assert pick_device().type == best, "auto is cuda, else mps, else cpu"
+    assert pick_device("auto", ("cuda", "cpu")).type == trained, "training takes no mps by itself"
+    assert load()[0].device.type == "cpu", "the bundled model has 1.4 million parameters"
+
+
+@pytest.mark.parametrize("message", [
+    "The operator 'aten::_embedding_bag' is not currently implemented for the MPS device. If you "
+    "want this op to be considered, please comment on https://github.com/pytorch/pytorch",
+    "Could not run 'aten::sort' with arguments from the 'MPS' backend. This could be because: x"])
+def test_an_operator_that_a_device_lacks_is_one_line(capfd, message):
+    with pytest.raises(SystemExit) as stop, one_line_errors("sample.py", "less"):
+        raise NotImplementedError(message)
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert "--device cpu" in error and "aten::" in error and "http" not in error

@@ -61,6 +61,9 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
         end(error)
     except NotImplementedError as error:
         kind, _, name = str(error).partition(": ")
+        if "aten::" in kind:  # PyTorch's name of an operator
+            end("this device lacks something that the model needs; --device cpu has it ("
+                + kind.partition(". ")[0] + ")")
         if kind != "exercise":
             raise
         end(f"the exercise {name} is not written yet: write it, or (not in a handout) put the "

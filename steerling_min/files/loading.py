@@ -3,17 +3,20 @@ file with its concepts' names."""
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..model import Steerling
 from .tokenizer import RANK_FILE, Tokenizer
-from .checkpoint import require_file
+from .checkpoint import require_file, weight_files
 from .config_json import read_config
 from .labels import DOWNLOAD_LABELS, LABELS, LABELS_REPO
 
 TINY = Path(__file__).parent.parent / "tiny"  # the bundled checkpoint
+DEVICES = ("cuda", "mps", "cpu")
+SMALL = 10_000_000  # parameters of a model that a GPU would not write faster with, nor threads
 
 
 def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None,
@@ -21,8 +24,9 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     """A model and its tokenizer, ready to generate.
 
     path: a checkpoint folder, a hub id in the local Hugging Face cache, or None for the bundled
-    tiny model. device "auto" takes cuda, else mps, else cpu. dtype None is bfloat16 on cuda and
-    float32 elsewhere. int8: keep matrices in a byte per weight (`files/quantize.py`).
+    tiny model. device "auto" takes cuda, else mps, else cpu; for a model under SMALL the cpu.
+    dtype None is bfloat16 on cuda and float32 elsewhere. int8: keep matrices in a byte per weight
+    (`files/quantize.py`).
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
@@ -37,7 +41,8 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
         if getattr(tokenizer, name) != token_id:
             raise ValueError(f"{folder / 'config.json'} says {name} = {token_id}; the tokenizer "
                              f"has {getattr(tokenizer, name)}")
-    chosen = pick_device(device)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    chosen = pick_device(device, ("cpu",) if size < 4 * SMALL else DEVICES)
     if dtype is None:
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
     return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
@@ -102,13 +107,14 @@ def hub_cache() -> Path:
         return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The torch device of that name; "auto" is cuda > mps > cpu. ValueError if it is not there."""
+def pick_device(name: str = "auto", auto: Sequence[str] = DEVICES) -> torch.device:
+    """The torch device of that name; "auto" is the first of those that is there. ValueError if it
+    is not there."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                "cpu": True}
-    available = [kind for kind in present if present[kind]]
+    available = [kind for kind in DEVICES if present[kind]]
     if name == "auto":
-        return torch.device(available[0])
+        return torch.device(next(kind for kind in auto if present[kind]))
     try:
         device = torch.device(name)
     except RuntimeError:
