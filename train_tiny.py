@@ -26,28 +26,31 @@ import random
 import sys
 import time
 from argparse import Namespace, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from steerling_min import Config, Steerling
 from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
-from steerling_min.files.checkpoint import free_memory
+from steerling_min.files.checkpoint import free_memory, tie
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.labels import Label, load_labels
 from steerling_min.files.loading import find_labels, load, pick_device
 from steerling_min.files.tokenizer import Tokenizer
 from steerling_min.files.writing import replacing
 from steerling_min.iguide import rows
+from steerling_min.model import initial_std
 from steerling_min.training.atlas import Atlas
 from steerling_min.training.curve import save_png, text_curve
 from steerling_min.training.data import Stories, Texts, count_tokens, cut
-from steerling_min.training.distributed import RANK, WORLD, agreed
+from steerling_min.training.distributed import RANK, WORLD, agreed, gathered, put, shard, whole
 from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_text, per_character,
                                              print_table, write)
 from steerling_min.training.losses import lift_weights
@@ -105,35 +108,49 @@ def take_step(objective: Objective, optimizer: torch.optim.Optimizer, draws: Dra
     return losses
 
 
-def make_model(size: str, corpus: Stories | Texts, seed: int) -> Steerling:
-    """Random weights, in a configuration that fits the corpus."""
-    torch.manual_seed(seed)
+def make_model(size: str, corpus: Stories | Texts) -> Steerling:
+    """A model in a configuration that fits the corpus, on the meta device: it has no numbers yet.
+    """
     C = len(corpus.labels) or 1
     tiny = Config.tiny(corpus.tokenizer.vocab_size)
     k = min(tiny.topk_known, C)
     ids = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
-    model = Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k, topk_known_features=k,
-                                          **ids, **SIZES[size]))
+    with torch.device("meta"):
+        return Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k,
+                                             topk_known_features=k, **ids, **SIZES[size]))
+
+
+def add_concepts(model: Steerling, C: int) -> None:
+    """Let a model without numbers yet know C concepts, if these are more than it knows."""
+    known = model.known_head
+    if C > known.n_concepts:
+        model.config = dataclasses.replace(model.config, n_concepts=C)
+        known.n_concepts = C
+        for module in (known.concept_predictor, known.concept_embedding):
+            module.weight = nn.Parameter(torch.empty(
+                rows(C, model.config.pad_multiple), model.config.n_embd, device="meta"))
+
+
+def first_weight(name: str, shape: torch.Size, config: Config) -> Tensor:
+    """A parameter as training begins with it."""
+    if len(shape) == 1:
+        return torch.ones(shape)
     # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
     # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
     # The known concepts' embeddings are to matter beside them (1,000 steps: 2.6, not 2.8).
-    nn.init.normal_(model.transformer.tok_emb.weight, std=EMBEDDING_STD)
-    nn.init.normal_(model.known_head.concept_embedding.weight, std=EMBEDDING_STD)
-    return model
+    embeds = name in ("transformer.tok_emb.weight", "known_head.concept_embedding.weight")
+    return torch.randn(shape) * (EMBEDDING_STD if embeds else initial_std(name, config.n_layers))
 
 
 @torch.no_grad()
-def add_concepts(model: Steerling, C: int) -> None:
-    """Let a model know C concepts, if these are more than it knows: each new one begins as the mean
-    of the others, until `start_concepts`."""
-    known, n = model.known_head, model.known_head.n_concepts
-    if C > n:
-        model.config = dataclasses.replace(model.config, n_concepts=C)
-        for module in (known.concept_predictor, known.concept_embedding):
-            old = module.weight[:n]  # (n, D); the rows after it were padding
-            new = old.mean(0).expand(rows(C, model.config.pad_multiple) - n, -1)
-            module.weight = nn.Parameter(torch.cat([old, new]))
-        known.n_concepts = C
+def fill(model: Steerling, device: torch.device, weight: Callable) -> Steerling:
+    """Give a model its numbers, weight(name, shape, config) for each parameter, one after the other
+    (a process that has a part of each keeps that), on a device. Returns it."""
+    model.to_empty(device=device)
+    tie(model)
+    for name, p in model.named_parameters():
+        put(p, weight(name, p.shape, model.config))
+    return model
 
 
 @torch.no_grad()
@@ -141,12 +158,13 @@ def start_concepts(model: Steerling, lift: Tensor, n: int = 0) -> None:
     """Let the embedding of every concept after the first n begin in the direction of the tokens
     that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (C, V); a
     concept that lifts nothing is left as it is."""
-    directions = lift @ model.transformer.tok_emb.weight  # (C, D)
+    directions = lift @ whole(model.transformer.tok_emb.weight)  # (C, D)
     directions[:n] = 0
     given = directions.any(1)
-    embedding = model.known_head.concept_embedding.weight[: len(lift)]
+    embedding = whole(model.known_head.concept_embedding.weight).clone()
     length = embedding[:n].norm(dim=-1).mean() if n else CONCEPT_NORM
-    embedding[given] = length * F.normalize(directions[given], dim=-1)
+    embedding[: len(lift)][given] = length * F.normalize(directions[given], dim=-1)
+    put(model.known_head.concept_embedding.weight, embedding)
 
 
 def make_optimizer(model: Steerling) -> torch.optim.AdamW:
@@ -194,31 +212,45 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
-def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) -> list[dict]:
-    """Train until `args.steps` steps or `args.minutes` minutes are over, or the run is asked to
-    stop; returns the loss curve.
-
-    Every schedule but the warm-up follows the progress, from 0 to 1.
+def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run,
+            device: torch.device) -> Objective:
+    """The losses of a run, around its model, which gets its first numbers here, or those of --init.
     """
-    config, device, dtype = model.config, model.device, getattr(torch, args.dtype)
-    steps, minutes = args.steps or math.inf, args.minutes or math.inf
-    optimizer = make_optimizer(model)
+    config = model.config
     counted, _ = corpus.windows("counted", 200, config.block_size)
     counts = count_tokens(counted, config.n_concepts, config.vocab_size)
     lift = lift_weights(counts).to(device)
     if RANK == 0 and not counted.labels.shape[1]:
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
-    if not args.resume:
-        start_concepts(model, lift, run.n_known)
-    run.begin(model, optimizer, corpus)
-    if args.compile:
-        for block in model.transformer.blocks:
-            block.compile()
     objective = Objective(model, args.without, lift)
     if args.init:
         objective.silent = ~counts[:-1].any(1).to(device)
-    if dist.is_initialized():
-        objective = nn.parallel.DistributedDataParallel(objective)
+    for block in model.transformer.blocks:
+        if args.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile()
+    if WORLD > 1:
+        shard(objective, model.transformer.blocks, getattr(torch, args.dtype), device)
+    torch.manual_seed(args.seed)
+    fill(model, device, run.stored_weight if args.init or args.resume else first_weight)
+    if not args.resume:
+        start_concepts(model, lift, run.n_known)
+    return objective
+
+
+def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: Run) -> list[dict]:
+    """Train until `args.steps` steps or `args.minutes` minutes are over, or the run is asked to
+    stop; returns the loss curve.
+
+    Every schedule but the warm-up follows the progress, from 0 to 1. All processes log and save,
+    since each has a part of the model; the first one prints and writes.
+    """
+    model = objective.model
+    config, device, dtype = model.config, model.device, getattr(torch, args.dtype)
+    steps, minutes = args.steps or math.inf, args.minutes or math.inf
+    optimizer = make_optimizer(model)
+    run.begin(model, optimizer, corpus)
     held_out, recent = corpus.held_out(8, config.block_size), {}
     first, before = run.step, run.seconds
     started = saved = time.monotonic()
@@ -238,28 +270,29 @@ def train(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run) 
             for name, loss in losses.items():
                 recent.setdefault(name, []).append(loss.detach())
             logged = run.step % LOG_EVERY == 0
-            if RANK > 0 or not logged and now - printed < (1 if run.terminal else PRINT_EVERY):
-                continue  # the first process prints and saves
             if logged:
                 losses = {name: torch.stack(x).mean().item() for name, x in recent.items()}
-                losses["held out"], recent = held_out_loss(model, held_out), {}
-                if args.text:
-                    losses["nats per character"] = per_character(model, corpus.tokenizer, held_out)
+                recent = {}
+                with gathered(objective):
+                    losses["held out"] = held_out_loss(model, held_out)
+                    if args.text:
+                        losses["nats per character"] = per_character(model, corpus.tokenizer,
+                                                                     held_out)
                 if not math.isfinite(sum(losses.values())):
                     raise ValueError(
                         f"at step {run.step} the loss is not a number any more: try a smaller --lr "
                         f"than {args.lr}; what was saved before is intact")
                 run.history.append({"step": run.step, **losses})
-            speed = (run.step - first) * args.batch * config.block_size / (now - started)
-            left = run.seconds / 60 * (1 / done() - 1)
-            run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
-                f"{name} {loss:.3f}" for name, loss in losses.items()), passing=not logged)
-            printed = now
-            if logged and now - saved > SAVE_EVERY:
+            if RANK == 0 and (logged or now - printed >= (1 if run.terminal else PRINT_EVERY)):
+                speed = (run.step - first) * args.batch * config.block_size / (now - started)
+                left = run.seconds / 60 * (1 / done() - 1)
+                run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
+                    f"{name} {loss:.3f}" for name, loss in losses.items()), passing=not logged)
+                printed = now
+            if logged and agreed(now - saved > SAVE_EVERY, device):
                 run.save(model, optimizer)
                 saved = now
-        if RANK == 0:
-            run.save(model, optimizer)
+        run.save(model, optimizer)
     return run.history
 
 
@@ -298,6 +331,8 @@ def parse_args() -> Namespace:
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    p.add_argument("--recompute", action="store_true", help="keep no block's activations for the "
+                   "backward pass, compute them again: far less memory, a third more time")
     p.add_argument("--evaluate", nargs="*", metavar="FOLDER",
                    help="train nothing; measure these models (default: the bundled one), with "
                         "--text on what was held out of it")
@@ -376,11 +411,11 @@ def run(args: Namespace, this: Run) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    model, tokenizer, labels = this.start_from(args.init, device)
+    model, tokenizer, labels = this.start_from(args.init)
     T = (model.config.block_size if model else
          SIZES[args.size].get("block_size", Config.tiny().block_size))
     corpus = make_corpus(args, T, tokenizer, labels)
-    model = model or make_model(args.size, corpus, args.seed).to(device)
+    model = model or make_model(args.size, corpus)
     add_concepts(model, len(corpus.labels))
     require_room(args.batch // WORLD, model.config, device)
     if RANK == 0:
@@ -388,7 +423,7 @@ def run(args: Namespace, this: Run) -> None:
         this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of {T} tokens a "
                  f"step; vocabulary {corpus.tokenizer.vocab_size}; {len(corpus.labels)} known "
                  "concepts")
-    history = train(model, corpus, args, this)
+    history = train(prepare(model, corpus, args, this, device), corpus, args, this)
     if RANK == 0:
         if history:
             this.say(text_curve(history))
@@ -399,7 +434,7 @@ def run(args: Namespace, this: Run) -> None:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
         more = "" if this.stopped() else ", with more --steps or --minutes"
         print(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}", flush=True)
-    if WORLD > 1:  # DistributedDataParallel lives on in reference cycles, and keeps threads running
+    if WORLD > 1:  # what shards the model lives on in reference cycles, and keeps threads running
         gc.collect()  # that abort a process which ends before them
         dist.destroy_process_group()
     if this.stopped():

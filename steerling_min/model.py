@@ -38,9 +38,7 @@ class Steerling(nn.Module):
         self.unknown_head = UnknownHead(config)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                ends_branch = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layers)
-                                if ends_branch else 0.02)
+                nn.init.normal_(parameter, std=initial_std(name, config.n_layers))
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +97,11 @@ class Steerling(nn.Module):
         """Write model.safetensors and config.json under the official names and the hub's layout."""
         from .files.checkpoint import save_model
         save_model(self, Path(folder))
+
+
+def initial_std(name: str, n_layers: int) -> float:
+    """The standard deviation of a matrix's first weights, by its name."""
+    return 0.02 / math.sqrt(2 * n_layers) if name.endswith("c_proj.weight") else 0.02
 
 
 def require_tokens(name: str, tokens: Tensor, config: Config, least: int = 1) -> None:

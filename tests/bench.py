@@ -335,9 +335,12 @@ def measure_training(device: str) -> None:
     def train(steps):
         args = argparse.Namespace(
             steps=steps, minutes=None, batch=8, lr=3e-3, seed=0, without=[], text=None, init=None,
-            resume=False, compile=False, dtype="float32", out=Path(folder) / str(steps))
+            resume=False, compile=False, recompute=False, dtype="float32",
+            out=Path(folder) / str(steps))
         with train_tiny.Run(args) as run:
-            train_tiny.train(train_tiny.make_model("tiny", corpus, 0).to(device), corpus, args, run)
+            model = train_tiny.make_model("tiny", corpus)
+            objective = train_tiny.prepare(model, corpus, args, run, torch.device(device))
+            train_tiny.train(objective, corpus, args, run)
 
     corpus, draw_step = train_tiny.Stories(0), train_tiny.draw_step
     times, products = [], []

@@ -159,14 +159,21 @@ def test_int8_weights_are_used_where_they_are(small):
     assert generate(on_the_card(small), [[1, 2, 3]], 5, seed=0).device == CARD
 
 
-def test_training_runs_where_the_model_is(card, tmp_path):
+def test_training_runs_where_the_model_is(card, tmp_path, monkeypatch):
+    fill = train_tiny.fill
+
+    def filled(model, device, weight):
+        with torch._C.DisableTorchFunction():  # from nowhere to the card: the pretence ends there
+            return on_the_card(fill(model, "cpu", weight))
+    monkeypatch.setattr(train_tiny, "fill", filled)
     corpus = train_tiny.Stories(0)
-    model = on_the_card(train_tiny.make_model("tiny", corpus, 0))
     args = argparse.Namespace(steps=3, minutes=None, batch=2, lr=1e-3, seed=0, without=[],
-                              text=None, init=None, resume=False, compile=False, dtype="float32",
-                              out=tmp_path)
+                              text=None, init=None, resume=False, compile=False, recompute=False,
+                              dtype="float32", out=tmp_path)
     with train_tiny.Run(args) as run:
-        train_tiny.train(model, corpus, args, run)  # its last steps inject concepts
+        model = train_tiny.make_model("tiny", corpus)
+        objective = train_tiny.prepare(model, corpus, args, run, CARD)
+        train_tiny.train(objective, corpus, args, run)  # its last steps inject concepts
 
 
 def test_a_step_waits_for_the_device_before_its_pass_and_not_after(small, card, monkeypatch):

@@ -131,10 +131,10 @@ def test_a_failed_save_leaves_the_state_before_it(run, tmp_path, monkeypatch):
     run("--steps", 10)
     before = (tmp_path / "out" / STATE).read_bytes()
 
-    def fails(tensors, path, metadata=None):
-        Path(path).write_bytes(b"half")
+    def fails(file, *args):
+        file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(run_module, "save_file", fails)
+    monkeypatch.setattr(run_module, "stream_tensors", fails)
     assert "No space left on device" in run("--resume", "--steps", 15, status=2)
     assert (tmp_path / "out" / STATE).read_bytes() == before
     assert not list((tmp_path / "out").glob("*.partial"))
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_one_is_refused(run, tmp_path, monkeypatch, out,
 def test_what_cannot_be_saved_is_found_before_the_first_step(run, tmp_path, monkeypatch):
     import train_tiny
     monkeypatch.setattr(train_tiny, "take_step", lambda *args: pytest.fail("a step was taken"))
-    monkeypatch.setattr(run_module, "save_file", lambda *args, **more: (_ for _ in ()).throw(
+    monkeypatch.setattr(run_module, "stream_tensors", lambda *args: (_ for _ in ()).throw(
         OSError(30, "Read-only file system")))
     assert "Read-only" in run("--steps", 5, status=2)
 

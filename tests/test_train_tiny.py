@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
 
 import train_tiny
 from steerling_min import Steerling, load
+from steerling_min.iguide import rows
 from steerling_min.training.data import Stories, Texts
 from steerling_min.files.labels import LABELS
 
@@ -35,8 +37,13 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert rates[5000] == pytest.approx(0.005), "half a cosine is half-way down in the middle"
 
 
+def fresh():
+    torch.manual_seed(0)
+    return train_tiny.fill(train_tiny.make_model("tiny", STORIES), "cpu", train_tiny.first_weight)
+
+
 def test_norms_are_not_decayed():
-    model = train_tiny.make_model("tiny", STORIES, 0)
+    model = fresh()
     groups = train_tiny.make_optimizer(model).param_groups
     decay = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
     assert decay == {2: 0.1, 1: 0.0}
@@ -75,7 +82,7 @@ def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
 
 
 def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
-    model = train_tiny.make_model("tiny", STORIES, 0)
+    model = fresh()
     embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(294, 795)
     lift[3, 7] = 1.0
     before = embedding[4].clone()
@@ -85,19 +92,27 @@ def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
     assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
 
 
-def test_a_new_concept_begins_as_the_mean_of_those_that_the_model_knows():
-    model = train_tiny.Steerling(CONFIG)  # it knows 8, in 16 rows
+def test_a_new_concept_begins_as_the_mean_of_those_that_the_model_knows(tiny_folder, tmp_path):
+    old = load(tiny_folder)[0]
+    n, padding = old.config.n_concepts, rows(old.config.n_concepts, old.config.pad_multiple)
+    with train_tiny.Run(train_tiny.Namespace(out=tmp_path / "out", resume=False)) as run:
+        model = run.start_from(str(tiny_folder))[0]
+        train_tiny.add_concepts(model, n)
+        assert model.config == old.config, "it knows as many already"
+        train_tiny.add_concepts(model, padding + 1)
+        train_tiny.fill(model, "cpu", run.stored_weight)
     head = model.known_head
-    before = [head.concept_predictor.weight.clone(), head.concept_embedding.weight.clone()]
-    train_tiny.add_concepts(model, 8)
-    assert model.config == CONFIG, "it knows as many already"
-    train_tiny.add_concepts(model, 17)
-    assert model.config.n_concepts == head.n_concepts == 17
-    for old, module in zip(before, (head.concept_predictor, head.concept_embedding)):
-        assert module.weight.shape == (32, 32) and module.weight.requires_grad
-        assert torch.equal(module.weight[:8], old[:8]), "what it knows is as it was"
-        close(module.weight[8:17], old[:8].mean(0).expand(9, -1), "not the padding's numbers")
-    assert model(torch.tensor([[1, 2]])).known_ids.shape == (1, 2, 2)
+    assert model.config.n_concepts == head.n_concepts == padding + 1
+    for before, module in ((old.known_head.concept_predictor, head.concept_predictor),
+                           (old.known_head.concept_embedding, head.concept_embedding)):
+        assert len(module.weight) == padding + model.config.pad_multiple
+        assert module.weight.requires_grad
+        close(module.weight[:n], before.weight[:n], "what it knows is as it was", atol=0)
+        close(module.weight[n:], before.weight[:n].mean(0).expand(len(module.weight) - n, -1),
+              "not the padding's numbers")
+    same = model.transformer.tok_emb.weight
+    close(same, old.transformer.tok_emb.weight, "all else is as it was", atol=0)
+    assert model.transformer.lm_head.weight is same, "still tied"
 
 
 def test_a_new_concepts_embedding_is_as_long_as_the_others():
@@ -120,7 +135,7 @@ def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
         "steering"])
     losses, moved = [], []
     for plain in (True, False):
-        model = train_tiny.make_model("tiny", STORIES, 0)
+        model = fresh()
         before = model.transformer.tok_emb.weight.detach().clone()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         drawn = train_tiny.draw_step(STORIES, model.config, 3, 0.9, args)
@@ -296,26 +311,86 @@ def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message)
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def test_two_processes_take_the_steps_of_one(run, tmp_path, monkeypatch):
-    """torchrun with gloo: the same global batch, the same losses."""
-    script = tmp_path / "script.py"
-    script.write_text(f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 1; "
-                      "t.WARMUP = 5; t.STEER_FROM = 0.5; t.DROPOUT = 0.9; t.main()")
-    arguments = ["--out", str(tmp_path / "two"), "--steps", "10", *SHARED]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", "2", str(script), *arguments],
-                   cwd=ROOT, check=True, capture_output=True, timeout=300,
-                   env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+SCRIPT = f"""
+import json, os, pathlib, sys, torch, train_tiny as t
+t.SIZES["tiny"], t.LOG_EVERY, t.WARMUP, t.STEER_FROM, t.DROPOUT = {SMALL}, 1, 5, 0.5, 0.9
+train, make_optimizer, made = t.train, t.make_optimizer, []
+
+def held(tensors):
+    return sum(getattr(x, "to_local", lambda: x)().nbytes for x in tensors)
+
+def trained(objective, *args):
+    history, parameters = train(objective, *args), list(objective.parameters())
+    moments = [x for state in made[0].state.values() for x in state.values() if x.dim()]
+    numbers = [held(parameters), held([p.grad for p in parameters]), held(moments)]
+    pathlib.Path(sys.argv[2], f"held{{t.RANK}}").write_text(json.dumps(numbers))
+    return history
+
+t.train, t.make_optimizer = trained, lambda model: made.append(make_optimizer(model)) or made[0]
+t.main()
+"""
+
+
+def processes(n, folder, *arguments):
+    """The command line of a run in n processes, and where it runs."""
+    (folder / "script.py").write_text(SCRIPT)
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(n), str(folder / "script.py"), "--out", str(folder / "out"), *arguments, *SHARED
+            ], {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tmp_path,
+                                                                      monkeypatch):
+    """torchrun with gloo: the same global batch, the same losses; a run goes on in any number."""
+    command, where = processes(n, tmp_path, "--steps", "10", "--recompute")
+    subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
     monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
     monkeypatch.setattr(train_tiny, "DROPOUT", 0.9)
     run("--steps", 10, out=tmp_path / "one", LOG_EVERY=1)
-    histories = history_of(tmp_path / "one"), history_of(tmp_path / "two")
+    histories = history_of(tmp_path / "one"), history_of(tmp_path / "out")
     assert len(histories[0]) == len(histories[1]) == 10
-    for one, two in zip(*histories):
-        assert one.keys() == two.keys() and "independence" in one
+    for one, several in zip(*histories):
+        assert one.keys() == several.keys() and "independence" in one
         for name in one:
-            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (
-                f"step {one['step']}: the {name} loss of two processes is not that of one")
+            assert several[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), (
+                f"step {one['step']}: the {name} loss of {n} processes is not that of one")
+    model, other = load(tmp_path / "one")[0], load(tmp_path / "out")[0]
+    full = 4 * sum(p.numel() for p in model.parameters())
+    for rank in range(n):
+        held = json.loads((tmp_path / "out" / f"held{rank}").read_text())
+        for bytes, times, what in zip(held, (1, 1, 2), ("weights", "gradients", "moments")):
+            assert bytes <= 1.1 * times * full / n, f"process {rank} holds too many {what}"
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        close(b, a, f"{name}: put together, the parts are the model", atol=1e-3)
+
+    run("--resume", "--steps", 12, out=tmp_path / "out", LOG_EVERY=1)
+    run("--resume", "--steps", 12, out=tmp_path / "one", LOG_EVERY=1)
+    one, several = history_of(tmp_path / "one"), history_of(tmp_path / "out")
+    assert len(several) == 12 and several[-1]["token"] == pytest.approx(one[-1]["token"], rel=1e-3)
+    if n == 4:  # and back
+        command, where = processes(n, tmp_path, "--resume", "--steps", "14")
+        subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
+        assert [row["step"] for row in history_of(tmp_path / "out")] == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_when_one_of_two_processes_is_killed_a_line_says_so_and_the_run_goes_on_later(run, tmp_path):
+    command, where = processes(2, tmp_path, "--steps", "1000")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               **where)
+    for line in process.stdout:
+        if line.startswith("step 20:"):
+            break
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode != 0
+    ours = [line for line in error.splitlines() if line.startswith("script.py")
+            or line.startswith("train_tiny.py")]
+    assert len(ours) == 1 and "another process of this run has ended" in ours[0], error
+    run("--resume", "--steps", 30)
+    assert history_of(tmp_path / "out")[-1]["step"] == 30, "what was saved is intact"
 
 
 def test_a_batch_is_shared_out_evenly_or_refused(run, monkeypatch):

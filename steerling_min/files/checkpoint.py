@@ -8,12 +8,15 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..model import Steerling
 from .config_json import config_to_dict, read_config, read_json, unique_keys
@@ -21,6 +24,7 @@ from .quantize import quantize, quantize_rows
 from .writing import replacing
 
 INDEX = "model.safetensors.index.json"
+SHARD = 5e9  # bytes of a file that a checkpoint is written in, at most (or one larger tensor)
 TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
 
 
@@ -114,8 +118,8 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, i
             "bfloat16 takes half of float32, and --quantize int8 half of that")
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: bool) -> Steerling:
-    """The model in a checkpoint folder; see `Steerling.from_pretrained`."""
+def empty_model(folder: Path) -> Steerling:
+    """The model in a checkpoint folder, on the meta device: it has shapes, and no numbers yet."""
     config = read_config(require_file(folder, "config.json"))
     layers = {name.split(".")[2] for file in weight_files(folder) for name in read_header(file)
               if name.startswith("transformer.blocks.")}
@@ -123,11 +127,17 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: boo
         raise ValueError(f"{folder / 'config.json'} says n_layers = {config.n_layers}; the weights "
                          f"have {len(layers)} layers")
     try:
-        with torch.device("meta"):  # shapes only: nothing is allocated until it is read
+        with torch.device("meta"):
             model = Steerling(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: its sizes are too large: "
                          + str(error).partition("\n")[0]) from None
+    return model
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: bool) -> Steerling:
+    """The model in a checkpoint folder; see `Steerling.from_pretrained`."""
+    model = empty_model(folder)
     load_weights(model, folder, device, dtype, int8)
     return model.eval()
 
@@ -175,17 +185,38 @@ def tie(model: nn.Module) -> None:
 
 
 def save_model(model: Steerling, folder: Path) -> None:
-    """Write model.safetensors and config.json; each appears whole or not at all."""
+    """Write weights and config.json; each file appears whole or not at all."""
     if any(tensor.dtype == torch.int8 for tensor in model.state_dict().values()):
         raise ValueError("a quantized model is not saved: its weights are in the checkpoint that "
                          "it was read from")
-    if (folder / INDEX).exists():
+    save_tensors(model, (x.detach().contiguous() for x in model.parameters()), folder)
+
+
+def save_tensors(model: Steerling, tensors: Iterator[Tensor], folder: Path) -> None:
+    """Write `tensors`, a model's parameters in their order (a tied one comes once), and its
+    config.json: as model.safetensors or, if it is larger than SHARD, in several files with an
+    index, of which one at a time is in memory."""
+    sizes = {name: x.numel() * x.element_size() for name, x in model.named_parameters()}
+    parts, room = [[]], SHARD  # names of each file
+    for name, size in sizes.items():
+        if size > room and parts[-1]:
+            parts, room = [*parts, []], SHARD
+        parts[-1].append(name)
+        room -= size
+    if len(parts) == 1 and (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a sharded checkpoint ({INDEX}); save to another folder")
+    files = ["model.safetensors"] if len(parts) == 1 else [
+        f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()
-             if name != LM_HEAD}
-    with (replacing(folder / "config.json") as config,
-          replacing(folder / "model.safetensors") as weights):
-        save_file(state, weights, metadata={"format": "pt"})
+    with ExitStack() as stack:  # all take their places when all are written, the weights first
+        config = stack.enter_context(replacing(folder / "config.json"))
         config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
-        shutil.copymode(config, weights)  # safetensors' files are the owner's alone
+        if len(parts) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map":
+                     {name: file for file, names in zip(files, parts) for name in names}}
+            stack.enter_context(replacing(folder / INDEX)).write_text(json.dumps(index, indent=2))
+        for file, names in zip(files, parts):
+            weights = stack.enter_context(replacing(folder / file))
+            save_file(dict(zip(names, islice(tensors, len(names)))), weights,
+                      metadata={"format": "pt"})
+            shutil.copymode(config, weights)  # safetensors' files are the owner's alone

@@ -71,6 +71,9 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:  # torch's allocators have no type in common
         if "BackendCompilerFailed" in [kind.__name__ for kind in type(error).__mro__]:
             end("--compile needs a C++ compiler that works: " + str(error).partition("\n")[0])
+        if re.search("gloo|NCCL", str(error)):  # what connects the processes of a training run
+            end("another process of this run has ended, so this one does; what was saved is "
+                "intact: --resume goes on")
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         end(f"not enough memory: {memory}")

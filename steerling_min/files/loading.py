@@ -31,6 +31,16 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
     folder = find_checkpoint(path)
+    tokenizer = load_tokenizer(folder)
+    size = sum(file.stat().st_size for file in weight_files(folder))
+    chosen = pick_device(device, ("cpu",) if size < 4 * SMALL else DEVICES)
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: its own, or cl100k. ValueError where config.json disagrees."""
     config = read_config(require_file(folder, "config.json"))
     instruct = config.eot_id is not None
     if (folder / RANK_FILE).is_file():
@@ -41,11 +51,7 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
         if getattr(tokenizer, name) != token_id:
             raise ValueError(f"{folder / 'config.json'} says {name} = {token_id}; the tokenizer "
                              f"has {getattr(tokenizer, name)}")
-    size = sum(file.stat().st_size for file in weight_files(folder))
-    chosen = pick_device(device, ("cpu",) if size < 4 * SMALL else DEVICES)
-    if dtype is None:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    return Steerling.from_pretrained(folder, chosen, dtype, int8), tokenizer
+    return tokenizer
 
 
 def find_checkpoint(name: str | Path | None) -> Path:

@@ -1,10 +1,14 @@
 """Files that are written whole or not at all."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def target(file: Path) -> Path:
@@ -34,3 +38,23 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(folder / file.name, file)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def stream_tensors(file: Path, shapes: Mapping[str, torch.Size], tensors: Iterable[Tensor],
+                   metadata: dict[str, str]) -> None:
+    """Write float32 tensors as a safetensors file, one at a time, so that none has to wait in
+    memory for the others (`safetensors.torch.save_file` wants them all at once).
+
+    The file is the header's length (8 bytes, little endian), the header (JSON, padded to 8 bytes),
+    then the tensors' bytes. shapes: {name: shape} in the order of tensors.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(file, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors:
+            f.write(tensor.contiguous().numpy().tobytes())

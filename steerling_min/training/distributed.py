@@ -6,10 +6,15 @@ denominators are summed over all of them first, and N processes take the step th
 """
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 # torchrun sets both: this process's number, and how many there are (-1: no number at all)
 RANK, WORLD = (int(said) if said.isdecimal() else -1 for said in (
@@ -34,7 +39,7 @@ def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, same shape, in each of them.
 
     The gradient of a loss that all of N processes compute comes back N times as large, since each
-    sends its own; DistributedDataParallel, which averages over processes, makes that right.
+    sends its own; `shard`'s gradients, which are averages over processes, make that right.
     """
     return Total.apply(x) if dist.is_initialized() else x
 
@@ -58,3 +63,49 @@ def agreed(x: float, device: torch.device) -> float:
     value = torch.tensor(x, dtype=torch.float64, device=device)
     dist.broadcast(value, 0)
     return value.item()
+
+
+# ---- a model in parts ----------------------------------------------------------------------------
+
+
+def shard(objective: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype,
+          device: torch.device) -> None:
+    """Leave each process an equal part of every parameter, its gradient and its moments (FSDP2).
+
+    A block's parameters are put together, in dtype, when the block is computed, and let go after
+    it; all others (embeddings, heads) when the step begins. A gradient is averaged over the
+    processes in float32, and each keeps its part. Part r of N of a matrix are its rows from r n on,
+    n of them, where n is the N-th part, rounded up.
+    """
+    mesh = init_device_mesh(device.type, (WORLD,))
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(objective, mesh=mesh)
+
+
+def put(x: Tensor, values: Tensor) -> None:
+    """Copy a whole tensor into x or, where x is sharded, this process's part of it. Raises
+    ValueError for values that are infinite or not a number."""
+    if isinstance(x, DTensor):
+        n = -(-len(values) // WORLD)
+        x, values = x.to_local(), values[RANK * n:(RANK + 1) * n]
+    if not values.isfinite().all():
+        raise ValueError("a weight or moment to start from is no finite number: its file is "
+                         "damaged")
+    x.copy_(values)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of x, put together from its parts: every process has to ask for it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@contextmanager
+def gathered(objective: nn.Module) -> Iterator[None]:
+    """Keep together what does not belong to a block: for a pass that is no training step."""
+    if isinstance(objective, FSDPModule):
+        objective.unshard()
+    yield
+    if isinstance(objective, FSDPModule):
+        objective.reshard()

@@ -22,28 +22,31 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout  # torch depends on it
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import AdamW
 
-from ..files.checkpoint import INDEX, read_header
+from ..config import Config
+from ..files.checkpoint import (INDEX, LM_HEAD, empty_model, match_tensors, read_header,
+                                save_tensors, weight_files)
 from ..files.config_json import write_generation
 from ..files.labels import GET_LABELS, LABELS, Label, Labels, load_labels, write_labels
-from ..files.loading import find_labels, load
+from ..files.loading import find_checkpoint, find_labels, load_tokenizer
 from ..files.tokenizer import RANK_FILE, Tokenizer
-from ..files.writing import replacing
+from ..files.writing import replacing, stream_tensors
 from ..model import Steerling
 from .data import Stories, Texts
-from .distributed import RANK, WORLD
+from .distributed import RANK, WORLD, put, whole
 
 RUN, STATE, LOCK = "run.json", "training.safetensors", "run.lock"
 NOT_KEPT = ("out", "resume", "evaluate")  # options that are about a folder, not about its run
-FREE = ("steps", "minutes", "text", "concepts", "device", "compile")  # they may change later
+# options that may change when a run goes on
+FREE = ("steps", "minutes", "text", "concepts", "device", "compile", "recompute")
 PARENT = os.getppid()
 
 
@@ -119,19 +122,33 @@ class Run:
 
     # ---- how it begins ---------------------------------------------------------------------------
 
-    def start_from(self, name: str | None, device: torch.device
+    def start_from(self, name: str | None
                    ) -> tuple[Steerling | None, Tokenizer | None, list[Label]]:
         """What this run goes on from, its own folder or else the checkpoint that `name` means: a
-        model, its tokenizer, and a label for each of its concepts (none if none has a name)."""
+        model without numbers yet (`stored_weight` reads them), its tokenizer, and a label for each
+        of its concepts (none if none has a name)."""
         if not (self.resumed or name):
             return None, None, []
+        folder = self.folder if self.resumed else find_checkpoint(name)
+        model, tokenizer = empty_model(folder), load_tokenizer(folder)
+        self.n_stored = model.config.n_concepts
+        self.stored = match_tensors(model, weight_files(folder))
         own = self.folder / (LABELS + ".csv") if self.resumed else None
-        model, tokenizer = load(self.folder if own else name, str(device), torch.float32)
-        for p in model.parameters():  # no longer where the file is mapped: how a product is rounded
-            p.data = p.data.clone()   # depends on where in memory its factors begin
         self.labels = load_labels(own or find_labels(name), model.config)
         self.n_known = model.config.n_concepts if self.labels.known else 0
         return model, tokenizer, [self.labels.label(concept) for concept in range(self.n_known)]
+
+    def stored_weight(self, name: str, shape: torch.Size, config: Config) -> Tensor:
+        """A parameter of the checkpoint that the run starts from. (It is mapped from the file: what
+        is not used is not read.) Rows that it lacks are new concepts', each the mean of the others.
+        """
+        stored = name if name in self.stored else LM_HEAD  # of the tied pair either is there
+        with safe_open(self.stored[stored], framework="pt") as f:
+            weight = f.get_tensor(stored)
+        if weight.shape != shape:
+            known = weight[: self.n_stored]  # the rows after them were padding
+            weight = torch.cat([known, known.mean(0).expand(shape[0] - len(known), -1)])
+        return weight
 
     def begin(self, model: Steerling, optimizer: AdamW, corpus: Stories | Texts) -> None:
         """Put the state of a run that goes on back into model and optimizer, or save that of a new
@@ -148,7 +165,17 @@ class Run:
         elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
             raise ValueError("the text has concepts, and the model that the run starts from has "
                              f"none with a name, so they cannot be matched; {GET_LABELS}")
-        elif RANK == 0:
+        else:
+            self.prepare(model, corpus)
+            self.save(model, optimizer)
+        if RANK == 0:
+            run = {"options": self.options, "data": corpus.fingerprint}
+            with replacing(self.folder / RUN) as partial:
+                partial.write_text(json.dumps(run, indent=2, default=lambda x: str(x.absolute())))
+
+    def prepare(self, model: Steerling, corpus: Stories | Texts) -> None:
+        """Write what the folder of a new run has besides model and state."""
+        if RANK == 0:
             if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
                 corpus.tokenizer.save(self.folder / RANK_FILE)
             write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
@@ -157,19 +184,22 @@ class Run:
             if isinstance(corpus, Stories):  # they repeat names on purpose, and end
                 write_generation(self.folder, max_new_tokens=250, repetition_penalty=1.0,
                                  allow_eos=True)
-            self.save(model, optimizer)
-        if RANK == 0:
-            run = {"options": self.options, "data": corpus.fingerprint}
-            with replacing(self.folder / RUN) as partial:
-                partial.write_text(json.dumps(run, indent=2, default=lambda x: str(x.absolute())))
 
     def save(self, model: Steerling, optimizer: AdamW) -> None:
-        """Write model and state; those before them stay until these are complete."""
-        model.save_pretrained(self.folder)
-        tensors = {name: x.cpu() for name, x in tensors_of(model, optimizer).items()}
+        """Write model and state; those before them stay until these are complete. Every process
+        gives its part of each tensor, the first one writes."""
+        state = tensors_of(model, optimizer)
+        weights, tensors = ((whole(x.detach()).cpu() for x in xs)
+                            for xs in (model.parameters(), state.values()))
+        if RANK > 0:
+            for _ in chain(weights, tensors):
+                pass
+            return
+        save_tensors(model, weights, self.folder)
         progress = {"step": self.step, "seconds": self.seconds, "history": self.history}
         with replacing(self.folder / STATE) as partial:
-            save_file(tensors, partial, metadata={"run": json.dumps(progress)})
+            stream_tensors(partial, {name: x.shape for name, x in state.items()}, tensors,
+                           {"run": json.dumps(progress)})
 
     def load(self, model: Steerling, optimizer: AdamW) -> None:
         """Put a state back. Raises ValueError when it is damaged, or not of this model."""
@@ -183,7 +213,7 @@ class Run:
         with safe_open(file, framework="pt") as f:
             self.step, self.seconds, self.history = read_progress(f.metadata(), file)
             for name, x in tensors.items():
-                x.copy_(f.get_tensor(name))
+                put(x, f.get_tensor(name))
 
     # ---- while it trains -------------------------------------------------------------------------
 
