@@ -154,16 +154,15 @@ def fill(model: Steerling, device: torch.device, weight: Callable) -> Steerling:
 
 
 @torch.no_grad()
-def start_concepts(model: Steerling, lift: Tensor, n: int = 0) -> None:
+def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -> None:
     """Let the embedding of every concept after the first n begin in the direction of the tokens
-    that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (C, V); a
-    concept that lifts nothing is left as it is."""
-    directions = lift @ whole(model.transformer.tok_emb.weight)  # (C, D)
-    directions[:n] = 0
-    given = directions.any(1)
+    that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (P, V) is of
+    the concepts spoken (P,); one that lifts nothing is left as it is."""
+    directions = lift @ whole(model.transformer.tok_emb.weight)  # (P, D)
+    given = directions.any(1) & (spoken >= n)
     embedding = whole(model.known_head.concept_embedding.weight).clone()
     length = embedding[:n].norm(dim=-1).mean() if n else CONCEPT_NORM
-    embedding[: len(lift)][given] = length * F.normalize(directions[given], dim=-1)
+    embedding[spoken[given]] = length * F.normalize(directions[given], dim=-1)
     put(model.known_head.concept_embedding.weight, embedding)
 
 
@@ -218,13 +217,17 @@ def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run
     """
     config = model.config
     counted, _ = corpus.windows("counted", 200, config.block_size)
-    counts = count_tokens(counted, config.n_concepts, config.vocab_size)
-    lift = lift_weights(counts).to(device)
     if RANK == 0 and not counted.labels.shape[1]:
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
-    objective = Objective(model, args.without, lift)
-    if args.init:
-        objective.silent = ~counts[:-1].any(1).to(device)
+    spoken = torch.arange(config.n_concepts)
+    if args.init:  # of its concepts those that the data speak of: few of the 8B's 33,732
+        spoken = counted.labels[counted.labels >= 0].unique()
+    row = torch.full((config.n_concepts + 1,), -1)  # the last is for the label -1, which is none
+    row[spoken] = torch.arange(len(spoken))
+    counted = counted._replace(labels=row[counted.labels])
+    lift = lift_weights(count_tokens(counted, len(spoken), config.vocab_size)).to(device)
+    spoken = spoken.to(device)
+    objective = Objective(model, args.without, lift, spoken if args.init else None)
     for block in model.transformer.blocks:
         if args.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -235,7 +238,7 @@ def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run
     torch.manual_seed(args.seed)
     fill(model, device, run.stored_weight if args.init or args.resume else first_weight)
     if not args.resume:
-        start_concepts(model, lift, run.n_known)
+        start_concepts(model, lift, spoken, run.n_known)
     return objective
 
 

@@ -11,8 +11,9 @@ from steerling_min import Steerling
 from steerling_min.training.data import Batch, has_concepts
 from steerling_min.training.losses import (alignment_loss, compose, independence_loss,
                                            known_forcing, presence_loss, reconstruction_loss)
+from steerling_min.training import objective as objective_module
 from steerling_min.training.objective import (ALIGNMENT, EXPRESS, INDEPENDENCE, INJECTED, PARTS,
-                                              RECONSTRUCTION, STRENGTHS, Draws, Objective,
+                                              PRESENCE, RECONSTRUCTION, STRENGTHS, Draws, Objective,
                                               draw_injections, labelled_features)
 from steerling_min.steering import Steerer, Steering
 
@@ -235,14 +236,43 @@ def test_of_concepts_that_the_data_never_speaks_of_labels_say_nothing(model):
     draws = Draws(BATCH._replace(labels=BATCH.labels.where(BATCH.labels > 2, -1)), NOISY, MASKED,
                   LEVEL, ~NOWHERE, None, STRENGTH)
     before = objective(draws, 0.1)  # the labels stand in fully
-    objective.silent = torch.arange(8) < 3
-    found = objective(draws, 0.1)
+    found = Objective(model, [], LIFT[3:], torch.arange(3, 8))(draws, 0.1)
     model.zero_grad()
     found["presence"].backward(retain_graph=True)
     grad = model.known_head.concept_predictor.weight.grad
     assert (grad[:3] == 0).all() and (grad[3:8] != 0).any(1).all(), "no label is not: absent"
     assert found["token"] != before["token"], "they are predicted where labels stand in"
     assert "known_head.concept_predictor" in reached(model, found["token"])
+
+
+def test_a_tenth_of_the_presence_losss_gradient_reaches_the_backbone(model, monkeypatch):
+    """Its head learns with all of it; with all of it in the backbone texts were not learnt."""
+    found = []
+    for pull in (PRESENCE, 1.0):
+        monkeypatch.setattr(objective_module, "PRESENCE", pull)
+        model.zero_grad()
+        loss = losses(model)["presence"]
+        loss.backward()
+        found.append((loss.detach(), model.known_head.concept_predictor.weight.grad.clone(),
+                      model.transformer.blocks[0].attn.c_attn.weight.grad.clone()))
+    (loss, head, backbone), (whole_loss, whole_head, whole_backbone) = found
+    close(loss, whole_loss, "the loss is the same", atol=1e-6)
+    close(head, whole_head, "so is what its own matrix learns", atol=1e-6)
+    close(10 * backbone, whole_backbone, "a tenth of the gradient", atol=1e-6)
+    assert whole_backbone.abs().max() > 1e-3
+
+
+def test_an_injected_concept_is_found_by_its_number_where_data_speak_of_few(model):
+    """Of concepts 3 to 7: row 0 of lift is concept 3's, and concept 0 has none."""
+    def express(first, lift, spoken):
+        injected = torch.where(MASKED, torch.tensor([[first], [3]]), -1)
+        draws = Draws(BATCH, NOISY, MASKED, LEVEL, NOWHERE, injected, STRENGTH)
+        return Objective(model, [], lift, spoken)(draws, 0.1)["express"]
+    lift = LIFT * (LIFT > 0.5)
+    few = lift[3:], torch.arange(3, 8)
+    close(express(4, *few), express(4, lift, None), "concepts 4 and 3")
+    assert express(0, *few) == express(-1, *few) != express(7, *few), (
+        "concept 0, of which no data speak, is left out: it is not the last of those that have")
 
 
 def test_injections_take_one_concept_of_a_chunk_for_the_whole_chunk_and_its_end():

@@ -86,7 +86,7 @@ def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
     embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(294, 795)
     lift[3, 7] = 1.0
     before = embedding[4].clone()
-    train_tiny.start_concepts(model, lift)
+    train_tiny.start_concepts(model, lift, torch.arange(len(lift)))
     token = model.transformer.tok_emb.weight[7]
     torch.testing.assert_close(embedding[3], train_tiny.CONCEPT_NORM * token / token.norm())
     assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
@@ -120,7 +120,7 @@ def test_a_new_concepts_embedding_is_as_long_as_the_others():
     embedding, lift = model.known_head.concept_embedding.weight, torch.zeros(8, 20)
     lift[:, 7] = 1.0
     before = embedding.detach().clone()
-    train_tiny.start_concepts(model, lift, 6)
+    train_tiny.start_concepts(model, lift, torch.arange(8), 6)
     assert torch.equal(embedding[:6], before[:6]), "the others have learnt theirs"
     length = before[:6].norm(dim=-1).mean()
     close(embedding[6].norm(), length, "one scale for all")
@@ -243,7 +243,7 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
     per_character = float(re.search(r"nats per character ([0-9.]+)", out)[1])
     out = run("--text", tmp_path / "a.txt", "--evaluate", tmp_path / "out")
     assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
-        per_character, rel=0.1)
+        per_character, rel=0.2)
     assert "bits per byte" in out and out.count("--- sample") == 3
 
 
@@ -375,7 +375,7 @@ def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tm
 
 
 @pytest.mark.slow
-def test_when_one_of_two_processes_is_killed_a_line_says_so_and_the_run_goes_on_later(run, tmp_path):
+def test_when_one_of_two_processes_is_killed_a_line_says_so_and_the_run_goes_on(run, tmp_path):
     command, where = processes(2, tmp_path, "--steps", "1000")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                **where)
