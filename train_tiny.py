@@ -42,7 +42,7 @@ from steerling_min.diffusion import corrupt, noise_levels, token_loss
 from steerling_min.files.checkpoint import free_memory, tie
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.labels import Label, load_labels
-from steerling_min.files.loading import find_labels, load, pick_device
+from steerling_min.files.loading import SMALL, find_labels, load, pick_device
 from steerling_min.files.tokenizer import Tokenizer
 from steerling_min.files.writing import replacing
 from steerling_min.iguide import rows
@@ -233,8 +233,10 @@ def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
             block.compile()
-    if WORLD > 1:
-        shard(objective, model.transformer.blocks, getattr(torch, args.dtype), device)
+    if WORLD > 1:  # a small model's blocks are put together at once: so many messages take time
+        small = sum(p.numel() for p in model.parameters()) < SMALL
+        shard(objective, [] if small else model.transformer.blocks, getattr(torch, args.dtype),
+              device)
     torch.manual_seed(args.seed)
     fill(model, device, run.stored_weight if args.init or args.resume else first_weight)
     if not args.resume:

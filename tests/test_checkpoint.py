@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, GOLDEN, same_weights
+from conftest import CONFIG, GOLDEN, OFFICIAL, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from steerling_min import Steerling
+from steerling_min import Config, Steerling
 from steerling_min.files import checkpoint
 from steerling_min.files.checkpoint import INDEX, LM_HEAD, TOK_EMB
 from steerling_min.files.config_json import config_to_dict, read_config
@@ -362,6 +362,48 @@ def test_a_save_replaces_the_older_one(folder):
     model.save_pretrained(folder)
     again = Steerling.from_pretrained(folder)
     assert again.config == CONFIG and same_weights(again, model)
+
+
+def test_the_8b_is_written_in_the_files_that_the_official_converter_makes():
+    with torch.device("meta"):
+        model = Steerling(Config()).to(torch.bfloat16)
+    parts, sizes = checkpoint.parts_of(model), {n: p.nbytes for n, p in model.named_parameters()}
+    official = OFFICIAL["converter_shards_5GiB"]
+    ours = [sum(map(sizes.get, names)) for names in parts]
+    assert len(ours) == len(official) and max(ours) <= 5 * 2**30
+    for a, b in zip(ours, official):
+        assert abs(a - b["bytes_tensors"]) < 0.3e9, "it has a block's matrices in another order"
+
+
+def test_a_large_model_is_written_in_several_files_one_after_the_other(model, tmp_path,
+                                                                      monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD", 60_000)
+    waiting = []
+
+    def one_at_a_time(state, file, metadata):
+        waiting.append(sum(x.nbytes for x in state.values()))
+        save_file(state, file, metadata)
+    monkeypatch.setattr(checkpoint, "save_file", one_at_a_time)
+    model.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    n = len(files)
+    assert n > 2 and files == [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    largest = max(p.nbytes for p in model.parameters())
+    assert max(waiting) <= max(60_000, largest) and len(waiting) == n
+    assert index["metadata"]["total_size"] == sum(waiting)
+    assert same_weights(Steerling.from_pretrained(tmp_path), model)
+
+    def full_disk(state, file, metadata):
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+    other = Steerling(model.config)
+    other.save_pretrained(tmp_path)
+    assert same_weights(Steerling.from_pretrained(tmp_path), other), "a run saves again and again"
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path)
+    assert same_weights(Steerling.from_pretrained(tmp_path), other), "all are replaced, or none"
 
 
 def set_meminfo(monkeypatch, text):

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
 
 import train_tiny
 from steerling_min import Steerling, load
+from steerling_min.files import checkpoint
 from steerling_min.iguide import rows
 from steerling_min.training.data import Stories, Texts
 from steerling_min.files.labels import LABELS
@@ -314,6 +316,7 @@ def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message)
 SCRIPT = f"""
 import json, os, pathlib, sys, torch, train_tiny as t
 t.SIZES["tiny"], t.LOG_EVERY, t.WARMUP, t.STEER_FROM, t.DROPOUT = {SMALL}, 1, 5, 0.5, 0.9
+t.SMALL = 0 if t.WORLD == 2 else t.SMALL  # each block by itself, or all together
 train, make_optimizer, made = t.train, t.make_optimizer, []
 
 def held(tensors):
@@ -372,6 +375,35 @@ def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tm
         command, where = processes(n, tmp_path, "--resume", "--steps", "14")
         subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
         assert [row["step"] for row in history_of(tmp_path / "out")] == list(range(1, 15))
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_a_checkpoint_in_several_files_as_one_does(run, tmp_path,
+                                                                             monkeypatch):
+    """Each reads its part; new concepts get rows that are the mean of the others."""
+    run("--steps", 2, "--text", a_labelled_text(tmp_path, "first"), out=tmp_path / "old")
+    monkeypatch.setattr(checkpoint, "SHARD", 100_000)
+    load(tmp_path / "old")[0].save_pretrained(tmp_path / "sharded")
+    for name in ("tokenizer.tiktoken", LABELS + ".csv"):
+        shutil.copy(tmp_path / "old" / name, tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("model-*"))) > 2
+    more = ["--init", str(tmp_path / "sharded"), "--steps", "3", "--text",
+            str(a_labelled_text(tmp_path, "first", "second"))]
+    command, where = processes(2, tmp_path, *more)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
+    monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
+    run(*more, out=tmp_path / "one", LOG_EVERY=1)
+    for one, two in zip(*map(history_of, (tmp_path / "one", tmp_path / "out")), strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-5)
+
+
+def a_labelled_text(folder, *names):
+    """Lines whose concepts are these names in turn."""
+    file = folder / f"{'-'.join(names)}.jsonl"
+    file.write_text("".join(json.dumps({"text": f"A line of the {names[i % len(names)]} kind.",
+                                        "concepts": [names[i % len(names)]]}) + "\n"
+                            for i in range(400)))
+    return file
 
 
 @pytest.mark.slow

@@ -3,8 +3,10 @@
 import os
 
 import pytest
+import torch
+from safetensors import safe_open
 
-from steerling_min.files.writing import replacing, target
+from steerling_min.files.writing import replacing, stream_tensors, target
 
 
 def write(file, text="new"):
@@ -61,3 +63,16 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
             write(place)
     with pytest.raises(ValueError, match="there is no folder .* to write x into"):
         write(tmp_path / "none" / "x")
+
+
+def test_streamed_tensors_are_a_safetensors_file_of_the_librarys_format(tmp_path):
+    tensors = {"a": torch.randn(3, 5).T, "empty": torch.zeros(0, 4), "number": torch.tensor(7.0),
+               "name, longer": torch.randn(2)}
+    file = tmp_path / "x.safetensors"
+    stream_tensors(file, {name: x.shape for name, x in tensors.items()}, iter(tensors.values()),
+                   {"run": "{}"})
+    with safe_open(file, framework="pt") as f:
+        assert f.metadata() == {"run": "{}"} and set(f.keys()) == set(tensors)
+        for name, x in tensors.items():
+            assert torch.equal(f.get_tensor(name), x), name
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0, "tensors begin at 8 bytes"

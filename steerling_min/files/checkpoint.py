@@ -24,7 +24,7 @@ from .quantize import quantize, quantize_rows
 from .writing import replacing
 
 INDEX = "model.safetensors.index.json"
-SHARD = 5e9  # bytes of a file that a checkpoint is written in, at most (or one larger tensor)
+SHARD = 5 * 2**30  # bytes of a file of a checkpoint that is written, at most (or one large tensor)
 TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
 
 
@@ -192,17 +192,22 @@ def save_model(model: Steerling, folder: Path) -> None:
     save_tensors(model, (x.detach().contiguous() for x in model.parameters()), folder)
 
 
+def parts_of(model: Steerling) -> list[list[str]]:
+    """The parameters' names, shared out over the files of a checkpoint in their order."""
+    parts, room = [[]], SHARD
+    for name, x in model.named_parameters():
+        if x.nbytes > room and parts[-1]:
+            parts, room = [*parts, []], SHARD
+        parts[-1].append(name)
+        room -= x.nbytes
+    return parts
+
+
 def save_tensors(model: Steerling, tensors: Iterator[Tensor], folder: Path) -> None:
     """Write `tensors`, a model's parameters in their order (a tied one comes once), and its
     config.json: as model.safetensors or, if it is larger than SHARD, in several files with an
     index, of which one at a time is in memory."""
-    sizes = {name: x.numel() * x.element_size() for name, x in model.named_parameters()}
-    parts, room = [[]], SHARD  # names of each file
-    for name, size in sizes.items():
-        if size > room and parts[-1]:
-            parts, room = [*parts, []], SHARD
-        parts[-1].append(name)
-        room -= size
+    parts = parts_of(model)
     if len(parts) == 1 and (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a sharded checkpoint ({INDEX}); save to another folder")
     files = ["model.safetensors"] if len(parts) == 1 else [
@@ -212,8 +217,9 @@ def save_tensors(model: Steerling, tensors: Iterator[Tensor], folder: Path) -> N
         config = stack.enter_context(replacing(folder / "config.json"))
         config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
         if len(parts) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map":
-                     {name: file for file, names in zip(files, parts) for name in names}}
+            index = {"metadata": {"total_size": sum(x.nbytes for x in model.parameters())},
+                     "weight_map": {name: file for file, names in zip(files, parts)
+                                    for name in names}}
             stack.enter_context(replacing(folder / INDEX)).write_text(json.dumps(index, indent=2))
         for file, names in zip(files, parts):
             weights = stack.enter_context(replacing(folder / file))
