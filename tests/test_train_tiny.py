@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,35 @@ def test_fewer_windows_of_ones_own_text_are_without_epsilon(tmp_path):
     dropped = torch.cat([draws(0.5, step=step, corpus=corpus).dropped for step in range(12)])
     assert dropped.float().mean().item() == pytest.approx(train_tiny.TEXT_DROPOUT, abs=0.04), (
         "language takes longer to learn there, and windows without epsilon teach little of it")
+
+
+def test_the_trainer_says_when_a_run_was_too_short_to_mean_anything(run, tmp_path, monkeypatch):
+    out = run("--steps", 5)
+    held_out = float(re.search(r"held out ([0-9.]+)", out)[1])
+    said = re.search(r"too short a run .* held out ([0-9.]+), and ([0-9.]+) for who knows", out)
+    assert float(said[1]) == pytest.approx(held_out, abs=0.006)
+    assert 0.9 * float(said[2]) < held_out
+    monkeypatch.setattr(train_tiny, "token_entropy", lambda *args: 1.2 * held_out)
+    assert "too short" not in run("--steps", 5, out=tmp_path / "long")
+
+
+def test_what_the_frequencies_of_tokens_alone_give_is_their_entropy():
+    tokens = torch.tensor([3, 3, 3, 3, 5, 5, 0, 7])  # 1/2, 1/4, 1/8, 1/8: 1.75 bits
+    corpus = SimpleNamespace(windows=lambda step, B, T: (SimpleNamespace(tokens=tokens), None))
+    assert train_tiny.token_entropy(corpus, 4) == pytest.approx(1.75 * math.log(2))
+
+
+def test_labels_of_a_text_pull_at_the_backbone_less_than_those_of_the_tiny_world(tmp_path):
+    (tmp_path / "a.txt").write_text("Some words, again and again. " * 400)
+    args = train_tiny.Namespace(without=[], init=None, resume=True, recompute=False, compile=False,
+                                seed=0, dtype="float32")
+    run = SimpleNamespace(say=print, n_known=0, stored_weight=train_tiny.first_weight)
+    for corpus, pull in ((STORIES, train_tiny.PULL),
+                         (train_tiny.Texts([tmp_path / "a.txt"], 0, 256, 300),
+                          train_tiny.TEXT_PULL)):
+        model = train_tiny.make_model("tiny", corpus)
+        assert train_tiny.prepare(model, corpus, args, run, "cpu").pull == pull, (
+            "with more, labels cost a text its language")
 
 
 def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():

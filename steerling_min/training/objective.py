@@ -29,10 +29,6 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # known features were larger than the hidden state itself, and epsilon, which has to cancel what is
 # too much, had 29% of the logits.
 EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 1.0, 4.0
-# How much of their gradient the concepts' logits pass on to the backbone. With all of it, a small
-# model of a text learns to tell concepts and no language: of 15 parts of Tiny Shakespeare, after
-# 3,500 steps, 2.25 nats per character and AUC 0.55; with a tenth 1.79 and 0.79.
-PRESENCE = 0.1
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (3.0, 14.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
@@ -70,11 +66,12 @@ class Objective(nn.Module):
     """The losses of one step. A module, because that is what `distributed.shard` takes apart."""
 
     def __init__(self, model: Steerling, without: list[str], lift: Tensor,
-                 spoken: Tensor | None = None):
+                 spoken: Tensor | None = None, pull: float = 1.0):
         """spoken (P,) int64: which of the model's concepts the data speak of (None: all C); lift
-        (P, V): what each of them lifts, from `losses.lift_weights`. On one device."""
+        (P, V): what each of them lifts, from `losses.lift_weights`. On one device. pull, 0 to 1:
+        how much of their gradient the concepts' logits pass on to the backbone."""
         super().__init__()
-        self.model, self.without, self.lift = model, without, lift
+        self.model, self.without, self.lift, self.pull = model, without, lift, pull
         C = model.config.n_concepts
         self.spoken = slice(None) if spoken is None else spoken
         self.row = torch.full((C + 1,), -1, device=lift.device)  # of a concept in lift, or -1
@@ -98,8 +95,8 @@ class Objective(nn.Module):
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
-        # The same numbers, of which a tenth of the gradient reaches the backbone (PRESENCE).
-        logits = model.known_head.logits(torch.lerp(hidden.detach(), hidden, PRESENCE))  # (B, T, C)
+        # lerp between two that are the same: it is the gradient that is scaled
+        logits = model.known_head.logits(torch.lerp(hidden.detach(), hidden, self.pull))  # (B,T,C)
         # Only masked positions become tokens, so features are computed at these alone: M of them.
         at_masks, without_epsilon = hidden[masked], dropped[:, None].expand_as(masked)[masked]
         top, ids = logits[masked].topk(model.known_head.topk, dim=-1)  # (M, k)
