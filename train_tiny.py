@@ -440,8 +440,8 @@ def run(args: Namespace, this: Run) -> None:
             alone, held_out = token_entropy(corpus, T), history[-1]["held out"]
             if held_out > 0.9 * alone:
                 this.say("too short a run to judge its texts, concepts or explanations: held out "
-                         f"{held_out:.2f}, and {alone:.2f} for who knows only how frequent each "
-                         "token is")
+                         f"{held_out:.2f}; a model that knows only token frequencies has "
+                         f"{alone:.2f}")
             try:
                 with replacing(args.out / "loss.png") as partial:
                     save_png(history, partial)
@@ -457,7 +457,7 @@ def run(args: Namespace, this: Run) -> None:
 
 
 def token_entropy(corpus: Stories | Texts, T: int) -> float:
-    """What a model that knows only how frequent each token is loses on each, in nats."""
+    """The loss per token, in nats, of a model that knows only token frequencies."""
     counts = corpus.windows("counted", 200, T)[0].tokens.bincount()
     return torch.distributions.Categorical(counts.float()).entropy().item()
 

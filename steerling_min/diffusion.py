@@ -62,14 +62,18 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
                      generator: torch.Generator | None = None) -> Tensor:
     """An upper bound on -log p(tokens from `start` on | tokens before it): (B,) nats per token.
 
-    Block by block, as text is written: earlier blocks are clean, and later ones cannot be seen. Of
-    the n tokens asked about in a block, m ~ U{1 .. n} are masked, chosen at random; n/m times the
-    sum of their cross-entropies is, on average, the mean surprise over all orders of writing the n
-    tokens one by one. By Jensen's inequality that is at least -log of the mean probability over
-    orders. (Orders at random: the sampler's surest-first is another distribution.) It is the "1/t"
-    bound with the masks counted instead of t drawn (LLaDA, arXiv 2502.09992, equation 6), at less
-    variance. The m of a block's samples are spread evenly over 1 .. n: sample i has
-    m = 1 + floor(n (i + u) / samples), with one u ~ U(0, 1) for each row and block.
+    It goes block by block, as text is written: earlier blocks are clean, later ones unseen. Imagine
+    that the n tokens asked about in a block are written one by one, in a random order. When m of
+    them are still masked, the next one costs, on average, the mean of the m cross-entropies. Added
+    up for m = n, ..., 1 that is the cost of a whole order. Here only a few m are drawn, so each
+    mean counts n times: n/m times the sum of the m cross-entropies.
+
+    Why is it a bound? The block's probability is the mean over orders, and the mean of -log p is
+    never less than -log of the mean p (Jensen). It is a bound for random orders; the sampler,
+    surest first, is another distribution. It is the "1/t" bound (LLaDA, arXiv 2502.09992, equation
+    6) with the masks counted instead of t drawn, at less variance. The m of a block's samples are
+    spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) / samples), with one u ~ U(0, 1)
+    for each row and block.
 
     Logits come from the hidden state: with epsilon, composed = hidden. Args: tokens (B, T)
     without masks; 0 <= start < T; samples, the Monte-Carlo draws per block; generator on the CPU.

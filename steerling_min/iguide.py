@@ -78,7 +78,11 @@ class KnownHead(nn.Module):
 
 
 class UnknownHead(nn.Module):
-    """Discovered concepts, in the 8B three times as many: both tables are products of rank r."""
+    """Discovered concepts, in the 8B three times as many as known ones.
+
+    Two full tables of them would be three times as large as all of the known head. So each table is
+    a product of two thin matrices, through r numbers.
+    """
 
     def __init__(self, config: Config):
         super().__init__()

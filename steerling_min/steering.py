@@ -71,13 +71,14 @@ class Steering:
     def unlearn(cls, id: int, group: tuple[int, ...] = (), strength: float | None = None,
                 suppression: float | None = None, layer: int | None = None,
                 logit_units: bool = False) -> "Steering":
-        """Keep a concept out.
+        """Keep a concept out, in two ways at once.
 
-        The direction of the concept and its group is injected with a negative strength, to the end;
-        the tokens that the concept alone promotes are suppressed. Left out, strength and
-        suppression are UNLEARN and SUPPRESS logits of the most promoted token, which suits any
-        model. Given, they are raw numbers unless logit_units; the official preset, made for the 8B,
-        is -7 and 20. layer None is n_layers // 2, at least 1.
+        The direction of the concept and its group is injected with a negative strength, until the
+        text ends. And the logits of the tokens that the concept itself promotes are lowered; the
+        group's are not. Without arguments the strength is UNLEARN and the suppression SUPPRESS, in
+        logits of the most promoted token: that suits any model. A number that is given is raw
+        (alpha, and the factor of relu(tok_emb . embedding)), unless logit_units. The official
+        preset is raw, -7 and 20, and made for the 8B. layer None is n_layers // 2, at least 1.
         """
         ids = tuple(dict.fromkeys((id, *group)))
         push, lower = ((default if x is None else x, logit_units or x is None)

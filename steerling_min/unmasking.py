@@ -53,7 +53,8 @@ class Step:
     confidences: tuple[Tensor, ...]  # (n,) each: the largest probability there, after penalty and
                                      # bans, 0 to 1; the token drawn may be another one
     hidden: tuple[Tensor, ...]       # (n, D) each: the states there, before any edit of concepts
-    unwritten: Tensor                # (B,), masks left; after the last step 0, unless a turn ended
+    unwritten: Tensor                # (B,), masks left; after the last step 0, unless the row
+                                     # has ended early
 
 
 @torch.no_grad()
@@ -116,8 +117,8 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
              max_new_tokens: int | None = None, **options) -> Tensor:
     """Write max_new_tokens after each prompt: (B, L) -> (B, L + new).
 
-    Takes the arguments of `unmask` and returns the tokens of its last step. No mask is left in
-    them, except where the end of a turn left some.
+    Takes the arguments of `unmask` and returns the tokens of its last step. Masks are left only
+    where a row has ended early (`special_roles`).
     """
     for step in unmask(model, prompt_tokens, max_new_tokens, **options):
         tokens = step.tokens
@@ -189,7 +190,16 @@ class Roles(NamedTuple):
 
 
 def special_roles(config: Config, how: Options, device: torch.device) -> Roles:
-    """Each token id's role under the sampler's options."""
+    """What each special token may do.
+
+    <|mask|> and <|pad|> are never written. <|eot_id|>, where the model has one, turns all to its
+    right into <|endoftext|> and ends the row at once: masks to its left stay. A stop token ends the
+    row when its window is full: later windows stay masks. <|endoftext|> depends on the options:
+
+        allow_eos=True        it turns all to its right into itself; its left is still written
+        else, order "global"  it ends the row at once and fills nothing: masks may stay
+        else                  it is never written: the row goes on to its full length
+    """
     banned = [config.mask_token_id, config.pad_token_id]
     end = [] if config.eot_id is None else [config.eot_id]
     last = list(end)

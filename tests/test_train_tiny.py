@@ -79,7 +79,7 @@ def test_fewer_windows_of_ones_own_text_are_without_epsilon(tmp_path):
 def test_the_trainer_says_when_a_run_was_too_short_to_mean_anything(run, tmp_path, monkeypatch):
     out = run("--steps", 5)
     held_out = float(re.search(r"held out ([0-9.]+)", out)[1])
-    said = re.search(r"too short a run .* held out ([0-9.]+), and ([0-9.]+) for who knows", out)
+    said = re.search(r"too short a run .* held out ([0-9.]+); a model .* has ([0-9.]+)", out)
     assert float(said[1]) == pytest.approx(held_out, abs=0.006)
     assert 0.9 * float(said[2]) < held_out
     monkeypatch.setattr(train_tiny, "token_entropy", lambda *args: 1.2 * held_out)

@@ -107,8 +107,9 @@ class Objective(nn.Module):
         unknown = detached.index_put((without_epsilon,), unknown_features(
             model.unknown_head, at_masks[without_epsilon]))
         labelled = labelled_features(batch, embedding)[masked].float()  # (M, D)
-        if len(self.lift) < logits.shape[-1]:  # that data say nothing of a concept does not mean
-            weights = top.sigmoid() * (self.row[ids] < 0)  # (M, k)            that it is absent
+        # A concept that the data never label may be there all the same: what is predicted stays.
+        if len(self.lift) < logits.shape[-1]:
+            weights = top.sigmoid() * (self.row[ids] < 0)  # (M, k)
             labelled = labelled + model.known_head.features(ids, weights).float()
         has_labels = batch.labels.shape[1] * len(self.lift) > 0  # not where there are none at all
 
