@@ -64,9 +64,10 @@ EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embedding
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 TEXT_DROPOUT = 0.1   # the same for --text, which takes longer to learn than the tiny world
-# How much of their gradient the concepts' logits pass on to the backbone. With all of it a model of
-# a text learns to tell concepts and no language: of 15 parts of Tiny Shakespeare, 3,500 steps left
-# 2.25 nats per character and AUC 0.55; with a tenth they led to 1.79 and 0.79.
+# How much of their gradient the concepts' logits pass on to the backbone. With all of it, a model
+# of a text learns no language, and then no concepts either. Tiny Shakespeare was cut into 15 parts,
+# each a concept: 3,500 steps ended at 2.25 nats per character and AUC 0.55; with a tenth of the
+# gradient, at 1.79 and 0.79.
 PULL, TEXT_PULL = 1.0, 0.1
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
@@ -100,7 +101,8 @@ def plain_step(model: Steerling, optimizer: torch.optim.Optimizer, tokens: Tenso
 
 def take_step(objective: Objective, optimizer: torch.optim.Optimizer, draws: Draws,
               progress: float, lr: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same with everything that the concept layer learns from; returns the losses by name."""
+    """A training step with every loss, those of the concept layer included. Returns them by name.
+    """
     with torch.autocast(draws.noisy.device.type, dtype, enabled=dtype != torch.float32):
         losses = objective(draws, progress)
     optimizer.zero_grad()
@@ -125,7 +127,7 @@ def make_model(size: str, corpus: Stories | Texts) -> Steerling:
 
 
 def add_concepts(model: Steerling, C: int) -> None:
-    """Let a model without numbers yet know C concepts, if these are more than it knows."""
+    """Enlarge the known head to C concepts, if it has fewer. The model must have no numbers yet."""
     known = model.known_head
     if C > known.n_concepts:
         model.config = dataclasses.replace(model.config, n_concepts=C)
@@ -139,17 +141,18 @@ def first_weight(name: str, shape: torch.Size, config: Config) -> Tensor:
     """A parameter as training begins with it."""
     if len(shape) == 1:
         return torch.ones(shape)
-    # From embeddings of 0.02 the first branches compute vectors smaller than sqrt(norm_eps), which
-    # their norms damp instead of normalising. With 0.2 the loss after 300 steps was 3.5, not 4.6.
-    # The known concepts' embeddings are to matter beside them (1,000 steps: 2.6, not 2.8).
+    # With embeddings of standard deviation 0.02 the first branches compute vectors smaller than
+    # sqrt(norm_eps). Their norms damp such vectors instead of normalising them. With 0.2 the loss
+    # after 300 steps was 3.5, not 4.6. The known concepts' embeddings are to matter beside them
+    # (1,000 steps: 2.6, not 2.8).
     embeds = name in ("transformer.tok_emb.weight", "known_head.concept_embedding.weight")
     return torch.randn(shape) * (EMBEDDING_STD if embeds else initial_std(name, config.n_layers))
 
 
 @torch.no_grad()
 def fill(model: Steerling, device: torch.device, weight: Callable) -> Steerling:
-    """Give a model its numbers, weight(name, shape, config) for each parameter, one after the other
-    (a process that has a part of each keeps that), on a device. Returns it."""
+    """Give a model its numbers on a device: weight(name, shape, config) for each parameter in turn.
+    A process that holds a part of each parameter keeps only that part. Returns the model."""
     model.to_empty(device=device)
     tie(model)
     for name, p in model.named_parameters():
@@ -159,9 +162,10 @@ def fill(model: Steerling, device: torch.device, weight: Callable) -> Steerling:
 
 @torch.no_grad()
 def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -> None:
-    """Let the embedding of every concept after the first n begin in the direction of the tokens
-    that it lifts, as long as those n are on average, or of length CONCEPT_NORM. lift (P, V) is of
-    the concepts spoken (P,); one that lifts nothing is left as it is."""
+    """Point the first embedding of each new concept at the tokens that the concept lifts. New are
+    those after the first n. Their length is the mean length of those n embeddings, or CONCEPT_NORM
+    if n is 0. The rows of lift (P, V) belong to the concepts in spoken (P,). A concept that lifts
+    nothing keeps its embedding."""
     directions = lift @ whole(model.transformer.tok_emb.weight)  # (P, D)
     given = directions.any(1) & (spoken >= n)
     embedding = whole(model.known_head.concept_embedding.weight).clone()
@@ -217,14 +221,15 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
 
 def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run,
             device: torch.device) -> Objective:
-    """The losses of a run, around its model, which gets its first numbers here, or those of --init.
+    """Build the Objective of a run around its model. The model gets its numbers here: first ones,
+    or those of --init.
     """
     config = model.config
     counted, _ = corpus.windows("counted", 200, config.block_size)
     if RANK == 0 and not counted.labels.shape[1]:
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
     spoken = torch.arange(config.n_concepts)
-    if args.init:  # of its concepts those that the data speak of: few of the 8B's 33,732
+    if args.init:  # only those of its concepts that occur in the data: few of the 8B's 33,732
         spoken = counted.labels[counted.labels >= 0].unique()
     row = torch.full((config.n_concepts + 1,), -1)  # the last is for the label -1, which is none
     row[spoken] = torch.arange(len(spoken))
@@ -238,7 +243,7 @@ def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
             block.compile()
-    if WORLD > 1:  # a small model's blocks are put together at once: so many messages take time
+    if WORLD > 1:  # all blocks of a small model come together: a message for each takes more time
         small = sum(p.numel() for p in model.parameters()) < SMALL
         shard(objective, [] if small else model.transformer.blocks, getattr(torch, args.dtype),
               device)

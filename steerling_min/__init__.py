@@ -22,7 +22,8 @@ _HOMES = {"Config": "config", "Steering": "steering", "Steerling": "model",
 def __getattr__(name: str):
     """A public name, whose module is imported only now (PEP 562).
 
-    So `python -m steerling_min.course` starts although a file that it repairs does not.
+    So `python -m steerling_min.course` starts even when a file that it should repair cannot be
+    imported.
     """
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

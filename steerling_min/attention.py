@@ -62,11 +62,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers, for a sequence whose blocks become final from left to right.
 
-    No query sees beyond the end of its own block. So once the tokens of a block, and of those
-    before it, will not change any more, neither will their keys and values. A forward pass given
-    a cache runs on the tokens from `length` on, writes their keys and values behind the final
-    ones (over whatever an earlier pass left there) and sees both. The caller, who knows which
-    tokens are final, advances `length`: see `cache.cached_hidden`.
+    No query sees beyond the end of its own block. So once the tokens of a block and of all blocks
+    before it are final, their keys and values are final, too. A forward pass given a cache runs on
+    the tokens from `length` on, writes their keys and values behind the final ones (over whatever
+    an earlier pass left there) and sees both. The caller, who knows which tokens are final,
+    advances `length`: see `cache.cached_hidden`.
     """
 
     k: Tensor        # (n_layers, B, G, T, d); of one layer, (B, G, T, d)

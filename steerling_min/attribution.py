@@ -57,10 +57,10 @@ def attribute(model: Steerling, hidden: Tensor, tokens: Tensor,
               steering: Steering | None = None) -> Attribution:
     """What each selected concept, and epsilon, contributed to the logits of tokens.
 
-    Args: hidden (n, D), the states that the logits were computed from; tokens (n,) int64, the one
-    asked about at each; steering, whose interventions count as they did then: edited weights, and
-    the epsilon that was left (`decompose_under`). (Injections are in the hidden states already.
-    Suppression acts on logits, after all this.)
+    Args: hidden (n, D), the states that the logits were computed from; tokens (n,) int64, the token
+    asked about at each state; steering, the one used when the tokens were written: its edited
+    weights, and the epsilon that was left, are applied again (`decompose_under`). (Injections are
+    in the hidden states already. Suppression acts on logits, after all this.)
     """
     steering = steering or Steering()
     everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=hidden.device)
@@ -79,8 +79,8 @@ def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
     """The attribution of every token that a run of `unmask` wrote into one sequence.
 
     Returns the positions (n,), ascending, and the Attribution of the tokens there, each from the
-    step that committed it. What an end overwrote is left out, and so is what it filled in.
-    steering must be the one given to `unmask`.
+    step that committed it. Tokens that an end token overwrote are left out. So are the tokens that
+    it filled in. steering must be the one given to `unmask`.
     """
     steps = list(steps)
     positions, tokens, hidden = (torch.cat([getattr(step, name)[row] for step in steps])
@@ -91,7 +91,8 @@ def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
 
 
 class ChunkAttribution(NamedTuple):
-    """What wrote some tokens together, such as a chunk's, as shares of their logits' mass."""
+    """What wrote a group of tokens, such as those of a chunk: shares of the mass of their logits.
+    """
 
     known: dict[int, float]    # concept -> share, signed; the largest size first
     unknown: dict[int, float]
@@ -127,9 +128,9 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
     Integrated gradients (Sundararajan et al., arXiv 1703.01365) from an all-mask input: the path
     from the mask's embedding to each token's is walked in `steps` equal steps, and the gradients at
     their ends (a right Riemann sum) are averaged, multiplied by (embedding - mask's embedding) and
-    summed over D. The logit is the plain one, hidden . tok_emb[target]. The attributions add up to
-    logit(tokens) - logit(all masks), nearly; positions that are masks get exactly 0, and so do
-    later blocks, which the position cannot see and which are therefore left out of the passes.
+    summed over D. The logit is the plain one, hidden . tok_emb[target]. The attributions nearly add
+    up to logit(tokens) - logit(all masks). Positions that are masks get exactly 0. Later blocks get
+    0, too: the position cannot see them, so the passes leave them out.
 
     Args: tokens (T,), partly masked, as they stood when the target was committed.
     """
@@ -151,7 +152,7 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
 
 
 def average_inputs(attributions: Tensor, scope: Tensor) -> Tensor:
-    """What several tokens are due to, together: input attributions (n, T) -> (T,).
+    """How much several tokens together owe to each input: input attributions (n, T) -> (T,).
 
     Each token's attributions are divided by their absolute sum over the inputs in scope (T,) bool,
     such as the prompt; then they are averaged. Inputs out of scope get 0.
@@ -212,8 +213,9 @@ def embed_chunks(model: Steerling, chunks: Sequence[Sequence[int]]) -> Tensor:
 def resembling(chunk: Tensor, corpus: Tensor, n: int = 5) -> tuple[Tensor, Tensor]:
     """The chunks of a corpus most like one chunk: their numbers and cosines, (n,) each.
 
-    Resemblance is no cause: it shows where a text's like was seen in training, not what made the
-    model write it. Args: chunk (D,) and corpus (N, D), from `embed_chunks`.
+    Resemblance is not cause. It shows where similar text was seen in training, not what made the
+    model write this text.
+    Args: chunk (D,) and corpus (N, D), from `embed_chunks`.
     """
     cosine, ids = (corpus @ chunk).topk(min(n, len(corpus)))
     return ids, cosine

@@ -34,9 +34,9 @@ class Backbone(nn.Module):
         1-based number is at least its layer. With a cache, x begins at position cache.length, and
         so do the injections and the result; the cache supplies what lies before.
 
-        Raises ValueError, with both numbers, when the sequence, what lies before included, outgrows
-        the context of config.block_size tokens (the rotary angles beyond it were never trained), or
-        when a key of injections is not a layer, 1 to n_layers.
+        Raises ValueError, with both numbers, when the sequence, cached tokens included, is longer
+        than the context of config.block_size tokens. (The rotary angles beyond it were never
+        trained.) Also when a key of injections is not a layer, 1 to n_layers.
         """
         start = cache.length if cache is not None else 0
         end = start + x.shape[1]

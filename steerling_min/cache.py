@@ -21,10 +21,10 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
     """The same hidden states, equal up to rounding, with far less work: the fast way.
 
     Attention is causal across blocks, so keys and values of the blocks before the first mask are
-    final. Once they have been computed without masks, they come from the cache. For the same reason
-    the blocks after the last position asked for cannot influence it, and are left out. (Injections
-    go to masked positions, and final blocks have none; under guidance they do, see
-    `unmasking.asked_logits`.)
+    final. Once a pass has computed them without masks, they are read from the cache. For the same
+    reason the blocks after the last position asked for cannot influence it, and are left out.
+    (Injections act on masked positions, and final blocks have no masks. Under guidance they can
+    have some, those of the hidden prompt: see `unmasking.asked_logits`.)
 
     With S = 4, a prompt of 6, seven new tokens and the window [6, 10) filled in the order 8, 6, 9,
     7:
@@ -36,9 +36,10 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
           7                 4 to  7    4 -> 4    nothing is asked of block 8 to 11
         10 11 12 (next)     4 to 12    4 -> 8    only now were 4 to 7 computed without masks
 
-    A pass starts from the length before. After it the length moves to the start of the block of the
-    first position asked for: all before that was computed in this very pass, or earlier, with its
-    final tokens. (In the fourth row position 7 was still a mask in the pass.)
+    A pass starts from the length before. After the pass, the length moves to the start of the block
+    that holds the first position asked for. All before that start was computed with its final
+    tokens, in this pass or an earlier one. (In the fourth row position 7 was still a mask in the
+    pass.)
 
     Args: asked (B, T), True at the positions asked for, all of them masks; the tokens before the
     first of them are final.

@@ -1,9 +1,8 @@
 """Masked diffusion: how text is corrupted, and how good a model that undoes it is.
 
-Forward process: tokens of a text become <|mask|>. The model learns to predict the originals, at
-the masked positions (`token_loss`), and what it predicts there, weighted right, bounds how likely
-it finds the whole text (`likelihood_bound`). The reverse process, from masks to text, is
-`unmasking.py`.
+Forward process: tokens of a text become <|mask|>. The model learns to predict the originals at the
+masked positions (`token_loss`). With the right weights, these predictions bound how likely it finds
+the whole text (`likelihood_bound`). The reverse process, from masks to text, is `unmasking.py`.
 """
 
 from collections.abc import Sequence
@@ -28,9 +27,10 @@ def corrupt(tokens: Tensor, t: Tensor, mask_token_id: int,
             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Replace each token by the mask with probability t, independently.
 
-    One uniform number is drawn for each token. Args: tokens (B, T) int64, not changed; t (B, T) in
-    [0, 1]; t and generator on the CPU. Returns the noisy tokens and a bool tensor, True where a
-    token was masked, both (B, T), on the device of tokens.
+    One uniform number is drawn for each token.
+    Args: tokens (B, T) int64, not changed; t (B, T) in [0, 1]; t and generator on the CPU. Returns
+    the noisy tokens and a bool tensor, True where a token was masked, both (B, T), on the device of
+    tokens.
     """
     draws = torch.rand(tokens.shape, generator=generator)
     masked = (draws < t).to(tokens.device)
@@ -41,13 +41,13 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
                weighting: str = "none") -> Tensor:
     """Cross-entropy of the original tokens at the masked positions, in nats.
 
-    weighting "none": the mean over masked tokens. "1/t": each is weighted by 1/t of its block and
-    the sum divided by the number of all tokens, B T, masked or not. For uniform t its expectation
-    is an upper bound on the negative log-likelihood per token of a block, given the noisy blocks
-    before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
-    Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t
-    (B, T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError,
-    naming it and what is supported, for another weighting.
+    weighting "none": the mean over masked tokens. "1/t": each masked token's loss is multiplied by
+    1/t of its block. The sum is divided by the number of all tokens, B T, masked or not. For
+    uniform t its expectation is an upper bound on the negative log-likelihood per token of a block,
+    given the noisy blocks before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+    Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t (B,
+    T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError, naming
+    it and what is supported, for another weighting.
     """
     if weighting not in ("none", "1/t"):
         raise ValueError(f"weighting = {weighting!r} is not supported; supported: 'none', '1/t'")
@@ -64,20 +64,20 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
 
     It goes block by block, as text is written: earlier blocks are clean, later ones unseen. Imagine
     that the n tokens asked about in a block are written one by one, in a random order. When m of
-    them are still masked, the next one costs, on average, the mean of the m cross-entropies. Added
-    up for m = n, ..., 1 that is the cost of a whole order. Here only a few m are drawn, so each
-    mean counts n times: n/m times the sum of the m cross-entropies.
+    them are still masked, the next one costs, on average, the mean of the m cross-entropies. The
+    sum of these means over m = n, ..., 1 is the cost of a whole order. Here only a few m are drawn,
+    so each mean is multiplied by n. That is n/m times the sum of the m cross-entropies.
 
     Why is it a bound? The block's probability is the mean over orders, and the mean of -log p is
     never less than -log of the mean p (Jensen). It is a bound for random orders; the sampler,
-    surest first, is another distribution. It is the "1/t" bound (LLaDA, arXiv 2502.09992, equation
-    6) with the masks counted instead of t drawn, at less variance. The m of a block's samples are
-    spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) / samples), with one u ~ U(0, 1)
-    for each row and block.
+    surest first, is another distribution. It is the same bound as "1/t" (LLaDA, arXiv 2502.09992,
+    equation 6). But it counts the masks instead of drawing t, which gives less variance. The m of a
+    block's samples are spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) / samples),
+    with one u ~ U(0, 1) for each row and block.
 
-    Logits come from the hidden state: with epsilon, composed = hidden. Args: tokens (B, T)
-    without masks; 0 <= start < T; samples, the Monte-Carlo draws per block; generator on the CPU.
-    Raises ValueError, naming it, for a start outside.
+    Logits come from the hidden state: with epsilon, composed = hidden.
+    Args: tokens (B, T) without masks; 0 <= start < T; samples, the Monte-Carlo draws per block;
+    generator on the CPU. Raises ValueError, naming it, for a start outside.
     """
     require_tokens("tokens", tokens, model.config)
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
@@ -108,9 +108,10 @@ def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequen
                    samples: int = 64, seed: int = 0) -> float:
     """How likely the model finds a continuation of a prompt: a lower bound on its log-probability.
 
-    In nats, for the whole continuation; the larger, the likelier. To rank several continuations
-    of one prompt, compare them (or their values per token). Both are token ids; the prompt may be
-    empty. Raises ValueError when the continuation is, or when both outgrow the context.
+    In nats, for the whole continuation; the larger, the likelier. To rank several continuations of
+    one prompt, compare them (or their values per token). Both are token ids; the prompt may be
+    empty. Raises ValueError when the continuation is empty, or when both together outgrow the
+    context.
     """
     if len(continuation) == 0:
         raise ValueError("the continuation is empty: there is nothing to score")

@@ -95,7 +95,8 @@ class UnknownHead(nn.Module):
         self.embedding_basis = nn.Linear(r, config.n_embd, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The same, but through z of r numbers per token: hidden (..., D) -> (..., C) float32."""
+        """As in `KnownHead`, but through z, r numbers per token: hidden (..., D) -> (..., C)
+        float32."""
         z = self.predictor_down(hidden)  # (..., r)
         return F.linear(z, self.predictor_up.weight[: self.n_concepts]).float().clamp(
             -MAX_LOGIT, MAX_LOGIT)
@@ -116,7 +117,8 @@ class UnknownHead(nn.Module):
 
 def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
                 positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Set the weights of chosen concepts at chosen positions, selected there before or not.
+    """Set the weights of chosen concepts at chosen positions, whether or not the head selected them
+    there.
 
     At those positions the old weight of an edited concept becomes 0, and for each edit a column is
     appended that holds the new one; elsewhere that column's weight is 0.
@@ -134,8 +136,8 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
 
-    Logits of all concepts are computed for a slice of tokens at a time: as many tokens as LOGITS
-    numbers have room for, at least one.
+    Logits of all concepts are computed for a slice of tokens at a time: as many tokens as fit into
+    LOGITS numbers, but at least one.
     """
     parts = hidden.flatten(0, 1).split(max(1, LOGITS // head.n_concepts))  # (tokens, D) each
     found = [head.logits(part).topk(head.topk, dim=-1) for part in parts]  # (tokens, k) each
@@ -162,7 +164,8 @@ def apply_head(head: KnownHead | UnknownHead, hidden: Tensor, edits: dict[int, f
 class Decomposition:
     """A hidden state taken apart; composed = known + unknown + epsilon.
 
-    The features are those after an edit, ids and logits what the heads selected before it.
+    The features are those after an edit. The ids and logits are those that the heads selected
+    before it.
     """
 
     known: Tensor           # (B, T, D)

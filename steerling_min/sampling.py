@@ -18,7 +18,8 @@ class Options:
 
     # Denoising steps in all, shared out over the windows. None commits one token per step.
     steps: int | None = None
-    # Instead of steps: commit every position that is at least this sure, 0 to 1, at least one.
+    # Instead of steps: each step commits every position whose confidence is at least this, 0 to 1,
+    # and always at least one.
     confidence_threshold: int | float | None = None
     # The temperature follows the entropy of each position's distribution; `temperature` is ignored.
     entropy_sampling: bool = True
@@ -39,10 +40,10 @@ class Options:
     align: bool = False
     # Let <|endoftext|> be committed. All to its right becomes <|endoftext|>, and the sequence ends
     # when all to its left is written. (An instruct model's <|eot_id|> fills its right in the same
-    # way, but ends the sequence at once: masks to its left stay.) If a step commits several, all
-    # its tokens are put down first, and then the leftmost acts.
+    # way, but ends the sequence at once: masks to its left stay.) If a step commits several end
+    # tokens, all its tokens are written first; then the leftmost end token acts.
     allow_eos: bool = False
-    # A sequence ends after a window that brought its new text one of these ids.
+    # A sequence ends after the window in which one of these ids was written.
     stop_tokens: Sequence = ()
     # Row b of a batch draws from seed + b. None draws differently every time.
     seed: int | None = None
@@ -72,7 +73,7 @@ class Options:
 
 
 def penalize_repetition(logits: Tensor, tokens: Tensor, penalty: float) -> Tensor:
-    """Make tokens already present less likely, however often they occur.
+    """Make tokens already present less likely. The penalty is the same however often they occur.
 
     A positive logit is divided by the penalty (CTRL, arXiv 1909.05858); any other is multiplied, as
     dividing would make it likelier.
@@ -99,11 +100,11 @@ def sort_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
 def entropy_temperature(logits: Tensor, top_p: float) -> Tensor:
     """A temperature that follows the model's doubt: 0.3 when it is sure, up to 0.7 when not.
 
-    p = softmax(logits); k = max(2, 1 + how many of the cumulative probabilities are at most top_p),
-    roughly the nucleus's size; temperature = 0.3 + 0.4 min(1, H(p) / ln k), where H(p) = -sum p ln
-    p over all tokens, those of probability 0 (logit -inf: banned) counting 0.
-    Args: logits (V,), largest first. Returns a scalar tensor: a Python number would force
-    a GPU synchronisation.
+    p = softmax(logits); k = max(2, 1 + the number of cumulative probabilities that are at most
+    top_p): roughly the size of the nucleus. H(p) = -sum p ln p over all tokens; one of probability
+    0 (logit -inf: banned) counts 0. temperature = 0.3 + 0.4 min(1, H(p) / ln k).
+    Args: logits (V,), largest first. Returns a scalar tensor: a Python number would force a GPU
+    synchronisation.
     """
     p = logits.softmax(-1)
     k = (1 + (p.cumsum(-1) <= top_p).sum()).clamp(min=2)
@@ -116,8 +117,8 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 
     Tokens are kept while the probability *before* them, cumsum - p, is at most top_p, so the first
     always is. (On equality the paper keeps one token less.) What is kept is not rescaled:
-    torch.multinomial does that. Args: p (V,), largest first, left as it is. Returns (V,), zero
-    where dropped.
+    torch.multinomial does that.
+    Args: p (V,), largest first, left as it is. Returns (V,), zero where dropped.
     """
     before = p.cumsum(-1) - p
     return p.where(before <= top_p, 0.0)
@@ -127,8 +128,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: b
            generator: torch.Generator) -> Tensor:
     """Draw one token from logits (V,); returns a scalar int64 tensor.
 
-    Entropy sampling chooses the temperature itself; otherwise temperature 0 is greedy. One
-    torch.multinomial draw on the sorted nucleus: the official package's, so seeds agree.
+    Entropy sampling chooses the temperature itself; otherwise temperature 0 is greedy. It makes one
+    torch.multinomial draw on the sorted nucleus, as the official package does, so that seeds agree.
     """
     if temperature == 0 and not entropy_sampling:
         return logits.argmax()
@@ -146,11 +147,10 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
 
     `count` of them; or, when count is None, every one at or above the confidence threshold, at
     least one. Of equals the earliest comes first. Rounding must not decide between equals (without
-    a prompt, all masks look alike at first): with p the largest confidence, whatever lies less than
-    1e-5 p (1 - p) below it, what an error of 1e-5 in a logit may change, counts as equal to it. The
-    threshold is compared with the confidences as they are.
-    Args: logits (m, V), m >= 1. Returns the confidences as they are (n,) and rows of
-    logits (n,).
+    a prompt, all masks look alike at first). Let p be the largest confidence. An error of 1e-5 in a
+    logit may change it by 1e-5 p (1 - p). So a confidence that lies less than this below p counts
+    as equal to p. The threshold is compared with the confidences as they are.
+    Args: logits (m, V), m >= 1. Returns the confidences as they are (n,) and rows of logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)
     best = confidence.max()
@@ -185,12 +185,13 @@ def choose(logits: Tensor, tokens: Tensor, count: int | None, banned: Tensor, op
 def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
     """Share out denoising steps over windows in proportion to their lengths.
 
-    None is one step per token. The sum is `steps` as far as possible: every window (none is empty)
-    gets at least one step, none more than it has tokens, so that no step commits nothing. First
-    each gets its share, steps * m / total, rounded down, but at least one. Steps left over go one
-    by one to the window farthest below its share. If the minimum of one gave out too many, they are
-    taken back one by one from the window farthest above its share, of those with more than one.
-    Among equals the earlier window comes first. Whole numbers only: rounding must not decide.
+    None is one step per token. The counts add up to `steps` where that is possible. No window is
+    empty. Each gets at least one step, and at most as many as it has tokens, so that every step
+    commits something. First each gets its share, steps * m / total, rounded down, but at least one.
+    Steps left over go one by one to the window farthest below its share. If the minimum of one made
+    the sum too large, steps are taken back one by one: each time from the window farthest above its
+    share, among those with more than one step. Among equals the earlier window comes first. Whole
+    numbers only: rounding must not decide.
     """
     total = sum(lengths)
     steps = total if steps is None else max(len(lengths), min(steps, total))

@@ -59,10 +59,10 @@ class Steering:
                 cutoff_tokens: int | None = 32) -> "Steering":
         """The official preset that brings concepts out.
 
-        strength is in logits of the token that the direction promotes most, as if it were added to
-        the final state once. (It is added after every layer from `layer` on, and the sum is
-        normalised at the end: the logit moves by less or more.) layer None is
-        min(8, max(1, n_layers // 4)).
+        strength is in logits: how far the logit of the token that the direction promotes most would
+        rise, if the injection were added once, to the final state. (It is added after every layer
+        from `layer` on, and the sum is normalised at the end: the logit moves by less or more.)
+        layer None is min(8, max(1, n_layers // 4)).
         """
         ids = (ids,) if isinstance(ids, int) else tuple(ids)
         return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))
@@ -141,9 +141,10 @@ class Steerer:
             self.suppression += strength / scale * promoted
 
     def vectors(self, masked: Tensor, committed: Tensor) -> dict[int, Tensor]:
-        """What to inject now, {layer: (B, T, D)}, in the model's dtype: at masked positions, while
-        fewer than cutoff_tokens (None: no limit) are committed in their row, and 0 elsewhere. What
-        starts at the same layer adds up; every layer of an injection is there, even when all is 0.
+        """What to inject in this step: {layer: (B, T, D)}, in the model's dtype. A position gets
+        the vector if it is masked and its row has fewer than cutoff_tokens committed tokens (None:
+        no limit); all others get 0. Injections that start at the same layer are added. Every
+        injection's layer is a key, even if its values are all 0.
 
         Args: masked (B, T) bool; committed (B,), new tokens written so far in each sequence.
         """
@@ -178,7 +179,8 @@ def decompose_under(steering: Steering, model: Steerling, hidden: Tensor) -> Dec
 
 
 def check(steering: Steering, config: Config) -> None:
-    """Raise ValueError for what the model does not have, or what is not a number."""
+    """Raise ValueError if the model lacks a concept or layer, or a strength is not a finite number.
+    """
     require(isinstance(steering, Steering), "steering", steering, "a Steering")
     require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for injection in steering.injections:

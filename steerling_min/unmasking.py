@@ -1,4 +1,4 @@
-"""Unmasking, the reverse of the diffusion: from masks only to text, surest first, step by step.
+"""Unmasking, the reverse of the diffusion: a row of masks becomes text, step by step, surest first.
 
 `unmask_plainly` is the idea, and nothing else. `unmask` is the same loop with everything that makes
 it useful: batches, draws, several tokens per step, guidance, steering, and a cache of what is
@@ -65,9 +65,9 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     The sequence is the prompt and then masks, filled window by window. In each step the masked
     positions of the window where the model is most confident are committed, each with a token
-    sampled from its own distribution. A committed token is never revised; only the end of a text or
-    of a turn overwrites what stands to its right. (A window is what is being filled, a block is who
-    sees whom.)
+    sampled from its own distribution. A committed token is never revised, with one exception: the
+    end of a text or of a turn overwrites all to its right. (A window is what is being filled, a
+    block is who sees whom.)
 
     prompt_tokens: (B, L); L may be 0. Row b equals its own single run. With a confidence threshold
         rows fill a window at different speeds; the next window begins when all have. A row that has
@@ -96,7 +96,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
             asked = (tokens == config.mask_token_id) & active[:, None]  # (B, T), where to write
             asked[:, end:] = False
             # Python waits for a GPU only before the pass; after it, all is queued.
-            # (use_cache=False, a threshold and a steering wait once more each.)
+            # (use_cache=False, a threshold and a steering each add one more wait.)
             m = asked.sum(1).tolist()  # candidates in each row
             if not any(m):
                 break  # the window is full, or every sequence has ended
@@ -127,8 +127,9 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
 def schedule(L: int, T: int, S: int, how: Options
              ) -> Iterator[tuple[tuple[int, int], list[int | None]]]:
-    """For each window (start, end) of the new positions [L, T): how many tokens each of its steps
-    commits, or None where the confidence threshold decides (of these, the last may be idle)."""
+    """Plan the steps. Yields, for each window (start, end) of the new positions [L, T), how many
+    tokens each step commits: None where the confidence threshold decides (then the last steps may
+    have nothing left to do)."""
     spans = [(L, T)] if how.order == "global" else windows(L, T - L, S, how.align)
     steps = spread_steps([end - start for start, end in spans], how.steps)
     for (start, end), s in zip(spans, steps):
@@ -138,19 +139,21 @@ def schedule(L: int, T: int, S: int, how: Options
 
 def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_scale: float,
                  steerer: Steerer, cache: KVCache | None) -> tuple[Tensor, Tensor]:
-    """Logits (M, V), float32, guided and steered, and hidden states (M, D), at the M positions
-    asked for (B, T).
+    """Ask the model about the masks to fill, with guidance and steering. Returns logits (M, V),
+    float32, and hidden states (M, D), at the M positions that are True in asked (B, T).
 
     With epsilon the composed state is the hidden state, up to rounding, so the concept heads run
     only when a steering edits them (`Steerer.compose`).
-    Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
-    time with the prompt, positions [0, L), masked. With the logits c of the first and u of the
-    second, logits = u + (cfg_scale + 1) (c - u); the hidden states are the first run's. The second
-    run's prompt is masks, so it is injected too. When an injection ends at its cutoff, the cached
-    keys of that prompt are stale, and the cache is emptied. Suppression comes last.
 
-    Raises ValueError for logits that are infinite or not a number. (A GPU would have to be waited
-    for: there only under a steering.)
+    Classifier-free guidance (arXiv 2207.12598) if cfg_scale > 0: the batch runs twice, the second
+    time with the prompt, positions [0, L), masked. Let c be the logits of the first run and u those
+    of the second: logits = u + (cfg_scale + 1) (c - u). The hidden states are those of the first
+    run. In the second run the prompt is masks, so injections act there, too. When an injection ends
+    at its cutoff, the cached keys of that prompt are stale, and the cache is emptied. Suppression
+    comes last.
+
+    Raises ValueError for logits that are infinite or not a number. (On a GPU this check makes
+    Python wait, so it is made there only under a steering.)
     """
     mask_id = model.config.mask_token_id
     committed = (tokens[:, L:] != mask_id).sum(1)  # (B,)

@@ -6,8 +6,8 @@ and two losses for steering.
             + respond + express                                 (once injections have begun)
 
 presence teaches the known head, and the backbone below it, which concepts a chunk of text has.
-Reconstruction teaches the unknown head to supply what these leave of the hidden state, and
-independence teaches it not to repeat the known head. For these two the trainer computes the
+Reconstruction teaches the unknown head to supply what the known concepts leave over of the hidden
+state. Independence teaches it not to repeat the known head. For these two the trainer computes the
 unknown features from a detached hidden state: they shape that head alone, not the language below.
 
 **The gradient question.** While epsilon is present, composed = known + unknown + epsilon is the
@@ -53,11 +53,11 @@ def log_absent(logits: Tensor, chunks: Tensor, N: int) -> Tensor:
 def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of the chunks' probabilities against their labels, in nats, a scalar.
 
-    -log P averaged over the labelled pairs of chunk and concept, plus -log(1 - P) averaged over
-    all other pairs: in one average the many negatives would drown the few positives. Both averages
-    are those of all processes, 0 where there is nothing to average (`distributed.mean`). With
-    log(1 - P) from `log_absent`, log P = log(1 - exp(log(1 - P))): by expm1, as P may be tiny, but
-    never 0 since logits are within +-15.
+    The loss is the mean of -log P over the labelled pairs of chunk and concept, plus the mean of
+    -log(1 - P) over all other pairs. In a single mean, the many negatives would drown the few
+    positives. Both averages are those of all processes, 0 where there is nothing to average
+    (`distributed.mean`). `log_absent` gives log(1 - P), so log P = log(1 - exp(log(1 - P))). It is
+    computed with expm1, because P may be tiny. P is never 0, because logits are within +-15.
 
     Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool. (Labels are
     positive only: False means not labelled, which is taken for absent here.)
@@ -68,28 +68,31 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
 
 
 def reconstruction_loss(unknown: Tensor, hidden: Tensor, known: Tensor) -> Tensor:
-    """Mean square, over D and all processes' tokens, of unknown - (hidden - known), all (M, D).
+    """Make the unknown head supply what the known side leaves over of the hidden state. The loss is
+    the mean square of unknown - (hidden - known), all (M, D), over D and the tokens of all
+    processes.
 
     The unknown head is to supply what the known side leaves over, at the M masked positions: only
-    there does anything become a token. The target sends no gradient: neither it nor the embeddings
-    of known concepts are to move toward what the head supplies already.
+    there does anything become a token. The target sends no gradient. Neither it nor the known
+    concepts' embeddings may move toward what the unknown head already supplies.
 
     known: what stands on the known side of `compose`, the labels' features first and later the
     predicted ones. (The official target is said to be hidden - labelled to the end. A chunk has
-    some ten labels, and at one token most of them have nothing to say: what the predicted side
-    lacks of their sum was then left to epsilon. After 1.2 M tokens epsilon's share was 41% with
-    that target and forcing to the end, 27% with this one and forcing that ends.)
+    about ten labels, and at any one token most of them have nothing to say. The part of their sum
+    that the predicted features lack was then left to epsilon. After 1.2 M tokens epsilon's share
+    was 41% with that target and forcing to the end, 27% with this one and forcing that ends.)
     """
     return mean((unknown - (hidden - known).detach()).square())
 
 
 def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
-    """Squared Frobenius norm of the cross-covariance K^T U of known and unknown features (M, D).
+    """Keep the unknown head from repeating the known one. The loss is the squared Frobenius norm of
+    K^T U, the cross-covariance of known and unknown features (M, D).
 
-    Columns are centred over all M tokens, the masked ones. K^T U is left a sum over tokens, not a
-    mean; its sum of squares is divided by D^2 (M - 1), or D^2 if M = 1. Means, M and K^T U are
-    those of all processes. The known side is detached: the unknown features are to move away, not
-    the labelled ones.
+    Columns are centred over all M tokens, the masked ones. K^T U is a sum over tokens, not a mean.
+    The sum of the squares of its entries is divided by D^2 (M - 1), or by D^2 if M = 1. Means, M
+    and K^T U are those of all processes. The known side is detached: only the unknown features
+    should move away.
     """
     K, U, D = known.detach(), unknown, known.shape[1]
     M = total(K.new_tensor(float(len(K))))
@@ -102,12 +105,13 @@ def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
 
 
 def lift_weights(counts: Tensor, threshold: float = 2.0) -> Tensor:
-    """What each concept lifts, the tokens that it makes likelier: (C, V), each row sums to 1.
+    """Find the tokens that each concept *lifts*, that is, makes likelier. Returns weights (C, V);
+    each row sums to 1, or is all 0.
 
-    lift(w, c) = P(w | chunks with c) / P(w). A token weighs P(w | chunks with c) times
-    log(lift / threshold), and 0 below the threshold; a row is all 0 if nothing is above it. Args:
-    counts (C + 1, V), how often each token stands in chunks with each concept, and, in the last
-    row, in all chunks.
+    lift(w, c) = P(w | chunks with c) / P(w). A token's weight is P(w | chunks with c) * log(lift /
+    threshold), or 0 if its lift is below the threshold.
+    Args: counts (C + 1, V), how often each token stands in chunks with each concept, and, in the
+    last row, in all chunks.
     """
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # (C + 1, V), P(w | .)
     lift = shares[:-1] / shares[-1].clamp(min=1e-9)
@@ -117,15 +121,16 @@ def lift_weights(counts: Tensor, threshold: float = 2.0) -> Tensor:
 
 def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor,
                    temperature: float = 2.0) -> Tensor:
-    """A concept by itself is to promote what it lifts: a cross-entropy, the mean over concepts.
+    """Make each concept's embedding, by itself, promote the tokens that the concept lifts. The loss
+    is a cross-entropy, averaged over concepts.
 
-    Chunks have labels, tokens do not: from the other losses alone an embedding may as well learn
-    what stands beside its word, or at every token of such chunks. So the tokens' distribution under
-    the embedding alone, softmax(tok_emb . embedding / temperature), is compared with the lift's
-    weights. A concept's weight is at most 1, so its embedding limits what it can give. At
-    temperature 1 words' concepts were content with 7 logits, where a sure token has 18; at 2 they
-    ask for twice as much. This loss is ours, the official ones have none of the kind. tok_emb gets
-    no gradient.
+    Chunks have labels, tokens do not. From the other losses alone, an embedding could just as well
+    learn to promote the words beside its own word, or whatever else stands in such chunks. So the
+    tokens' distribution under the embedding alone, softmax(tok_emb . embedding / temperature), is
+    compared with the lift's weights. A concept's weight is at most 1, so its embedding limits what
+    it can give. At temperature 1 the concepts of words stopped at 7 logits, while a token that the
+    model is sure of has 18. At temperature 2 they go to twice as much. This loss is ours, the
+    official ones have none of the kind. tok_emb gets no gradient.
 
     Args: embedding (C, D); tok_emb (V, D); lift (C, V), as `lift_weights` gives it.
     """
@@ -138,16 +143,18 @@ def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor,
 
 def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dropped: Tensor,
             force_known: float, force_unknown: float = 0.0) -> Tensor:
-    """The composed state that the token loss of a training step is computed through.
+    """Build the composed state that a training step predicts tokens from: the token loss goes
+    through it.
 
-    Where epsilon is kept it is hidden, exactly, whatever the heads say. Where it is dropped:
+    Where epsilon is kept, the composed state equals `hidden` exactly, whatever the heads predict.
+    Where it is dropped:
 
         composed =   force_known * labelled              + (1 - force_known) * known
                  + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
 
-    Mind the trap: with both forced, labelled + (hidden - labelled) is hidden again, and although
-    epsilon is gone no gradient reaches the heads. Hence force_unknown is 0 unless asked for: the
-    unknown side is the predicted one. Nothing is detached.
+    There is a trap. With both sides forced, the sum is labelled + (hidden - labelled): `hidden`
+    again. Epsilon is gone, but no gradient reaches the heads. So force_unknown is 0 by default, and
+    the unknown side is the predicted one. Nothing is detached.
 
     Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
     embeddings, summed), (..., D); dropped (...) bool, where epsilon is left out, or a shape that

@@ -23,16 +23,16 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 
 # Weights of four losses; presence and respond have weight 1. With express at 0.1 the model learnt
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
-# independence read the hidden state detached, so they train the unknown head and leave the backbone
-# to language: with their gradients in it, independence at 50, not 1, cost 0.27 nats held out after
-# 5,000 steps. With alignment at 10, not 1, known embeddings grew without end: after 10.6 M tokens
-# known features were larger than the hidden state itself, and epsilon, which has to cancel what is
-# too much, had 29% of the logits.
+# independence read a detached hidden state. So they train the unknown head and leave the backbone
+# to language. When their gradients reached the backbone, independence at 50 instead of 1 cost 0.27
+# nats on held-out text after 5,000 steps. With alignment at 10 known embeddings kept growing. After
+# 10.6 M tokens known features were larger than the hidden state itself. Epsilon, which must cancel
+# the excess, had 29% of the logits.
 EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 1.0, 4.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (3.0, 14.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
-PARTS = {  # what a run can do without, to see what it is good for
+PARTS = {  # parts that a run can leave out, to show what each is good for
     "dropout": "residual dropout; epsilon is in every window",
     "forcing": "teacher forcing of the known side",
     "presence": "the presence loss",
@@ -41,7 +41,8 @@ PARTS = {  # what a run can do without, to see what it is good for
     "alignment": "the alignment loss",
     "steering": "the steering losses and their injections",
     "mean": "the plain mean over masked tokens; 1/t weights stand in",
-    "prediction": "predicting the unknown side; it is forced as well, the trap of `losses.compose`",
+    "prediction": "predicting the unknown side; instead it is forced, too: the trap of "
+                  "`losses.compose`",
 }
 
 
@@ -63,7 +64,8 @@ class Draws(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The losses of one step. A module, because that is what `distributed.shard` takes apart."""
+    """Computes the losses of one step. It is a module because `distributed.shard` splits modules.
+    """
 
     def __init__(self, model: Steerling, without: list[str], lift: Tensor,
                  spoken: Tensor | None = None, pull: float = 1.0):
@@ -78,15 +80,16 @@ class Objective(nn.Module):
         self.row[:C][self.spoken] = torch.arange(len(lift), device=lift.device)
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
-        """Named losses, scalars, each times its weight: their sum is the loss. progress, 0 to 1, is
-        what schedules follow."""
+        """Compute the losses by name: scalars, already times their weights. Their sum is the loss.
+        progress, 0 to 1, drives the schedules."""
         batch, noisy, masked, t, dropped, injected, strength = draws
         model, without = self.model, self.without
         embedding = model.known_head.concept_embedding.weight
         injections = {}
         if injected is not None:
-            # Detached: the model learns to follow a direction, not the direction to please it, or
-            # the embeddings of what is injected often come to promote other tokens than they name.
+            # Detached: the model must learn to follow the direction; the direction must not learn
+            # to please the model. Else the embeddings of concepts that are injected often come to
+            # promote other tokens than those they name.
             directions = F.normalize(embedding.detach(), dim=-1)  # (C, D)
             per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
             alpha = strength * per_logit[injected] * (injected >= 0)  # (B, T)
@@ -95,19 +98,20 @@ class Objective(nn.Module):
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
-        # lerp between two that are the same: it is the gradient that is scaled
+        # both ends of this lerp have the same values: only the gradient is scaled
         logits = model.known_head.logits(torch.lerp(hidden.detach(), hidden, self.pull))  # (B,T,C)
         # Only masked positions become tokens, so features are computed at these alone: M of them.
         at_masks, without_epsilon = hidden[masked], dropped[:, None].expand_as(masked)[masked]
         top, ids = logits[masked].topk(model.known_head.topk, dim=-1)  # (M, k)
         known = model.known_head.features(ids, top.sigmoid()).float()  # (M, D)
-        # The same numbers twice: losses through the first reach the unknown head alone; the token
-        # loss, where epsilon is dropped, goes through the second to the backbone as well.
+        # The same features, computed twice. Losses on the first reach only the unknown head. Where
+        # epsilon is dropped, the token loss goes through the second and reaches the backbone, too.
         detached = unknown_features(model.unknown_head, at_masks.detach())  # (M, D)
         unknown = detached.index_put((without_epsilon,), unknown_features(
             model.unknown_head, at_masks[without_epsilon]))
         labelled = labelled_features(batch, embedding)[masked].float()  # (M, D)
-        # A concept that the data never label may be there all the same: what is predicted stays.
+        # A concept that the data never label may still be present, so what is predicted for it is
+        # kept.
         if len(self.lift) < logits.shape[-1]:
             weights = top.sigmoid() * (self.row[ids] < 0)  # (M, k)
             labelled = labelled + model.known_head.features(ids, weights).float()
@@ -123,8 +127,9 @@ class Objective(nn.Module):
                                   len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction": RECONSTRUCTION * reconstruction_loss(
                       detached, at_masks, forced),
-                  # of known features brought to mean square 1: else the more they grow, the more
-                  # of the hidden state independence forbids the unknown head to reconstruct
+                  # known features are first scaled to mean square 1: else, the larger they grow,
+                  # the more of the hidden state independence forbids the unknown head to
+                  # reconstruct
                   "independence": INDEPENDENCE * independence_loss(
                       known / mean(known.detach().square()).sqrt().clamp(min=1e-6), detached)}
         if has_labels:
@@ -161,8 +166,9 @@ def labelled_features(batch: Batch, embedding: Tensor) -> Tensor:
 
 def draw_injections(batch: Batch, weights: Tensor, generator: torch.Generator
                     ) -> tuple[Tensor, Tensor]:
-    """Choose, for a share INJECTED of the chunks, one of the concepts that the chunk is labelled
-    with, by their weights (C,), and a strength; each chunk with the special token that ends it.
+    """Choose what to inject: for a share INJECTED of the chunks, one of the concepts that the chunk
+    is labelled with, and a strength. The concept is drawn in proportion to weights (C,). The
+    special token that ends a chunk belongs to it here.
 
     Returns concepts (B, T) int64, -1 where nothing is injected, and strengths (B, T).
     """
