@@ -183,7 +183,7 @@ def note_missing(labels: Labels) -> None:
 
 def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steering | None:
     """CONCEPT=STRENGTH flags, combined: amplified above 0, unlearned below."""
-    steering, seen = None, set()
+    steering, seen = None, set[int]()
     for flag in flags:
         name, _, number = flag.rpartition("=")
         try:
@@ -253,7 +253,7 @@ def promoting(model: Steerling, tokenizer: Tokenizer, query: str, heads: Iterabl
     forms = {form for word in query.split() for form in (word, word.lower(), word.capitalize())}
     tokens = [ids[0] for ids in map(tokenizer.encode, sorted(forms | {" " + x for x in forms}))
               if len(ids) == 1]
-    found = {}
+    found: dict[tuple[int, str], float] = {}
     for head in heads:
         table = model.known_head if head == "known" else model.unknown_head
         concepts = torch.arange(table.n_concepts, device=model.device)
@@ -264,7 +264,7 @@ def promoting(model: Steerling, tokenizer: Tokenizer, query: str, heads: Iterabl
                 if token in promoted(model, concept, 8, head=head)[0]:
                     found[concept, head] = max(strengths[concept].item(),
                                                found.get((concept, head), 0.0))
-    return sorted(found, key=found.get, reverse=True)[:MOST]
+    return sorted(found, key=lambda concept: found[concept], reverse=True)[:MOST]
 
 
 def score(model: Steerling, tokenizer: Tokenizer, prompt: list[int], texts: list[str]) -> None:
@@ -342,7 +342,8 @@ def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace
 
     Without anything to explain only the last step is kept: the others may be gigabytes.
     """
-    steps, counts = [], []
+    steps: list[Step] = []
+    counts = []
     try:
         for step in run:
             if not (args.explain or args.json or args.html or args.svg):

@@ -90,7 +90,8 @@ def plain_step(model: Steerling, optimizer: torch.optim.Optimizer, tokens: Tenso
 
     Returns the loss: the mean over the masked tokens.
     """
-    t = noise_levels(*tokens.shape, model.config.diff_block_size, generator)     # (B, T)
+    B, T = tokens.shape
+    t = noise_levels(B, T, model.config.diff_block_size, generator)              # (B, T)
     noisy, masked = corrupt(tokens, t, model.config.mask_token_id, generator)    # (B, T) each
     loss = token_loss(model(noisy).logits[masked], tokens, masked, t)
     optimizer.zero_grad()
@@ -120,7 +121,7 @@ def make_model(size: str, corpus: Stories | Texts) -> Steerling:
     C = len(corpus.labels) or 1
     tiny = Config.tiny(corpus.tokenizer.vocab_size)
     k = min(tiny.topk_known, C)
-    ids = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
+    ids: dict = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
     with torch.device("meta"):
         return Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k,
                                              topk_known_features=k, **ids, **SIZES[size]))
@@ -209,13 +210,13 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = DROPOUT if isinstance(corpus, Stories) else TEXT_DROPOUT
     dropout = 0.0 if "dropout" in args.without else dropout
     dropped = torch.rand(B, generator=generator) < dropout
-    injected, strength = draw_injections(batch, corpus.injected, generator)
+    concepts, strength = draw_injections(batch, corpus.injected, generator)
     labelled = stream.labels.shape[1] > 0
     steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
     # only at masked positions, as in sampling
-    injected = injected.masked_fill(~masked, -1)[mine] if steering else None
+    injected = concepts.masked_fill(~masked, -1)[mine] if steering else None
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
@@ -266,8 +267,8 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
     steps, minutes = args.steps or math.inf, args.minutes or math.inf
     optimizer = make_optimizer(model)
     run.begin(model, optimizer, corpus)
-    held_out, recent = corpus.held_out(8, config.block_size), {}
-    first, before = run.step, run.seconds
+    recent: dict[str, list[Tensor]] = {}  # losses since the last line of the curve
+    first, before, held_out = run.step, run.seconds, corpus.held_out(8, config.block_size)
     started = saved = time.monotonic()
     printed = -math.inf  # the first step shows at once that it works
 
@@ -286,23 +287,23 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
                 recent.setdefault(name, []).append(loss.detach())
             logged = run.step % LOG_EVERY == 0
             if logged:
-                losses = {name: torch.stack(x).mean().item() for name, x in recent.items()}
+                means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
                 recent = {}
                 with gathered(objective):
-                    losses["held out"] = held_out_loss(model, held_out)
+                    means["held out"] = held_out_loss(model, held_out)
                     if args.text:
-                        losses["nats per character"] = per_character(model, corpus.tokenizer,
-                                                                     held_out)
-                if not math.isfinite(sum(losses.values())):
+                        means["nats per character"] = per_character(model, corpus.tokenizer,
+                                                                    held_out)
+                if not math.isfinite(sum(means.values())):
                     raise ValueError(
                         f"at step {run.step} the loss is not a number any more: try a smaller --lr "
                         f"than {args.lr}; what was saved before is intact")
-                run.history.append({"step": run.step, **losses})
+                run.history.append({"step": run.step, **means})
             if RANK == 0 and (logged or now - printed >= (1 if run.terminal else PRINT_EVERY)):
                 speed = (run.step - first) * args.batch * config.block_size / (now - started)
-                left = run.seconds / 60 * (1 / done() - 1)
+                left, shown = run.seconds / 60 * (1 / done() - 1), means if logged else losses
                 run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
-                    f"{name} {loss:.3f}" for name, loss in losses.items()), passing=not logged)
+                    f"{name} {loss:.3f}" for name, loss in shown.items()), passing=not logged)
                 printed = now
             if logged and agreed(now - saved > SAVE_EVERY, device):
                 run.save(model, optimizer)
@@ -401,8 +402,9 @@ def evaluate_on_text(folder: str | None, args: Namespace) -> None:
     corpus = make_corpus(args, model.config.block_size, tokenizer,
                          [named.label(i) for i in range(model.config.n_concepts)])
     print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
-    for name, value in measure_text(model, tokenizer, corpus.rest).items():
-        print(f"{value:10.4f}  {name}")
+    # with --text the corpus is no Stories, and has a rest
+    for name, x in measure_text(model, tokenizer, corpus.rest).items():  # type: ignore[union-attr]
+        print(f"{x:10.4f}  {name}")
     start, n = [tokenizer.bos_token_id], min(128, model.config.block_size - 1)
     for seed in range(3):
         print(f"--- sample {seed}", write(model, tokenizer, start, n, seed)[1], sep="\n")

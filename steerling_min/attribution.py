@@ -71,7 +71,7 @@ def attribute(model: Steerling, hidden: Tensor, tokens: Tensor,
             (model.unknown_head, parts.unknown_ids, parts.unknown_logits, steering.unknown)):
         ids, weights = set_weights(ids, logits.sigmoid(), dict(edits), everywhere)  # (1, n, k)
         found += [ids[0], weights[0] * head.alignment(ids[0], y)]
-    return Attribution(tokens, *found, (parts.epsilon[0] * y).sum(-1))
+    return Attribution(*[tokens, *found, (parts.epsilon[0] * y).sum(-1)])
 
 
 def attribute_text(model: Steerling, steps: Iterable[Step], row: int = 0,
@@ -111,11 +111,11 @@ def chunk_attribution(found: Attribution) -> ChunkAttribution:
     mass = found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs()  # (n,)
     heads = []
     for ids, contributions in ((found.known_ids, found.known), (found.unknown_ids, found.unknown)):
-        shares = defaultdict(float)
+        shares: dict[int, float] = defaultdict(float)
         for c, share in zip(ids.flatten().tolist(), (contributions / mass[:, None]).flatten()):
             shares[c] += share.item() / n
         heads.append(dict(sorted(shares.items(), key=lambda item: -abs(item[1]))))
-    return ChunkAttribution(*heads, (found.epsilon.abs() / mass).mean().item())
+    return ChunkAttribution(heads[0], heads[1], (found.epsilon.abs() / mass).mean().item())
 
 
 # ---- input tokens -> token -----------------------------------------------------------------------

@@ -4,7 +4,7 @@ Letters: m masked positions, n of them filled in this step, V vocabulary, T toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,9 +50,9 @@ class Options:
 
     def check(self, config: Config) -> None:
         """Raise ValueError, naming the option, for the first that cannot be honoured."""
-        for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
-            require(isinstance(value, kind), field.name, value, getattr(kind, "__name__", kind))
+        for name, kind in Options.__annotations__.items():
+            value = getattr(self, name)
+            require(isinstance(value, kind), name, value, str(getattr(kind, "__name__", kind)))
         sure = self.confidence_threshold
         for ok, name, supported in (
                 (self.steps is None or self.steps >= 1, "steps", "None or 1 or more"),
@@ -134,9 +134,8 @@ def sample(logits: Tensor, temperature: float, top_p: float, entropy_sampling: b
     if temperature == 0 and not entropy_sampling:
         return logits.argmax()
     logits, ids = sort_logits(logits)
-    if entropy_sampling:
-        temperature = entropy_temperature(logits, top_p)
-    p = nucleus((logits / temperature).softmax(-1), top_p)
+    heat = entropy_temperature(logits, top_p) if entropy_sampling else temperature
+    p = nucleus((logits / heat).softmax(-1), top_p)
     # indexed by a tensor of one element: a number of Python would have to wait for a GPU
     return ids[torch.multinomial(p, 1, generator=generator)].squeeze(0)
 
@@ -156,7 +155,8 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     best = confidence.max()
     ranked = confidence.where(confidence < best - 1e-5 * best * (1 - best), best)
     order = ranked.argsort(descending=True, stable=True)  # (m,)
-    chosen = order[:count] if count is not None else order[confidence[order] >= threshold]
+    chosen = (order[:count] if count is not None else
+              order[confidence[order] >= threshold])  # type: ignore[operator]  # one is given
     chosen = chosen if len(chosen) else order[:1]
     return confidence[chosen], chosen
 

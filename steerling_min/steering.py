@@ -125,14 +125,13 @@ class Steerer:
 
         def embeddings(*ids):
             return model.known_head.concept_embedding.weight[list(ids)].float()  # (n, D)
-        self.active = None    # at the last call of `switched`
+        self.active: list[list[bool]] | None = None  # at the last call of `switched`
         self.injections = []  # (layer, cutoff_tokens, alpha * direction (D,))
         for injection in steering.injections:
             direction = F.normalize(embeddings(*injection.ids).sum(0), dim=0)  # (D,)
-            alpha = injection.strength
-            layer = injection.layer or default_layer(config.n_layers, toward=alpha > 0)
-            if injection.logit_units:
-                alpha = alpha_of(alpha, direction, tok_emb)
+            strength = injection.strength
+            layer = injection.layer or default_layer(config.n_layers, toward=strength > 0)
+            alpha = alpha_of(strength, direction, tok_emb) if injection.logit_units else strength
             self.injections.append((layer, injection.cutoff_tokens, alpha * direction))
         self.suppression = torch.zeros(len(tok_emb), device=tok_emb.device)  # (V,)
         for concept, strength, logit_units in starmap(Suppression, steering.suppressions):
@@ -148,7 +147,7 @@ class Steerer:
 
         Args: masked (B, T) bool; committed (B,), new tokens written so far in each sequence.
         """
-        found = {}
+        found: dict[int, Tensor] = {}
         for layer, cutoff, vector in self.injections:
             active = masked if cutoff is None else masked & (committed < cutoff)[:, None]
             found[layer] = found.get(layer, 0.0) + active[..., None] * vector
@@ -184,7 +183,7 @@ def check(steering: Steering, config: Config) -> None:
     require(isinstance(steering, Steering), "steering", steering, "a Steering")
     require(steering.epsilon in ("drop", "keep"), "epsilon", steering.epsilon, "'drop', 'keep'")
     for injection in steering.injections:
-        require(injection.ids, "ids", injection.ids, "at least one concept")
+        require(bool(injection.ids), "ids", injection.ids, "at least one concept")
         require(injection.layer is None or injection.layer in range(1, config.n_layers + 1),
                 "layer", injection.layer, f"1 to {config.n_layers}")
     edits = [*(("known", *edit) for edit in steering.known),

@@ -79,10 +79,10 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     Raises ValueError (at the first step), naming the argument, for a value that cannot be honoured.
     """
-    how = Options(**options)
-    how.check(model.config)
+    how, config, mask = Options(**options), model.config, model.config.mask_token_id
+    how.check(config)
     tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
-    (B, T), device, config = tokens.shape, tokens.device, model.config
+    (B, T), device = tokens.shape, tokens.device
     steerer = Steerer(steering or Steering(), model)
     rows = 2 * B if how.cfg_scale > 0 else B
     cache = KVCache.empty(config, rows, T, model.dtype, device) if use_cache else None
@@ -93,7 +93,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
     for (start, end), counts in schedule(L, T, config.diff_block_size, how):
         for count in counts:
-            asked = (tokens == config.mask_token_id) & active[:, None]  # (B, T), where to write
+            asked = (tokens == mask) & active[:, None]  # (B, T), where to write
             asked[:, end:] = False
             # Python waits for a GPU only before the pass; after it, all is queued.
             # (use_cache=False, a threshold and a steering each add one more wait.)
@@ -109,7 +109,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
                 commits.append((candidates[b][chosen], ids, sure, row_hidden[chosen]))
                 write(tokens[b], candidates[b][chosen], ids, roles)
                 active[b] &= ~torch.isin(ids, roles.end).any()
-            yield Step(tokens.clone(), *zip(*commits), (tokens == config.mask_token_id).sum(1))
+            positions, put, confidences, states = zip(*commits)
+            yield Step(tokens.clone(), positions, put, confidences, states, (tokens == mask).sum(1))
         active &= ~torch.isin(tokens[:, L:end], roles.stop).any(1)
 
 
@@ -126,7 +127,7 @@ def generate(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
 
 
 def schedule(L: int, T: int, S: int, how: Options
-             ) -> Iterator[tuple[tuple[int, int], list[int | None]]]:
+             ) -> Iterator[tuple[tuple[int, int], list[int] | list[None]]]:
     """Plan the steps. Yields, for each window (start, end) of the new positions [L, T), how many
     tokens each step commits: None where the confidence threshold decides (then the last steps may
     have nothing left to do)."""
@@ -183,13 +184,13 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
 
 
 class Roles(NamedTuple):
-    """Token ids that mean something to the sampler, (n,) int64 each but the last."""
+    """Token ids that mean something to the sampler, (n,) int64 each but the first."""
 
+    eos: int          # <|endoftext|>
     banned: Tensor    # never committed
     end: Tensor       # the sequence ends after the step that commits one of these
     last: Tensor      # these turn all to their right into <|endoftext|>
     stop: Tensor      # the sequence ends only after the window that has one of these
-    eos: int          # <|endoftext|>
 
 
 def special_roles(config: Config, how: Options, device: torch.device) -> Roles:
@@ -208,8 +209,8 @@ def special_roles(config: Config, how: Options, device: torch.device) -> Roles:
     last = list(end)
     role = last if how.allow_eos else end if how.order == "global" else banned
     role.append(config.eos_token_id)
-    return Roles(*(torch.tensor(ids, dtype=torch.int64, device=device)
-                   for ids in (banned, end, last, list(how.stop_tokens))), config.eos_token_id)
+    return Roles(config.eos_token_id, *(torch.tensor(ids, dtype=torch.int64, device=device)
+                                        for ids in (banned, end, last, list(how.stop_tokens))))
 
 
 def write(row: Tensor, positions: Tensor, ids: Tensor, roles: Roles) -> None:

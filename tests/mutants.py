@@ -198,7 +198,7 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
          "steerer.vectors((tokens == mask_id) & (torch.arange(tokens.shape[1]) >= L),"),
         ("one row's end ends all", "active[b] &= ~torch.isin(ids, roles.end)",
          "active &= ~torch.isin(ids, roles.end)"),
-        ("committed tokens are written again", "asked = (tokens == config.mask_token_id) & active",
+        ("committed tokens are written again", "asked = (tokens == mask) & active",
          "asked = (torch.arange(T, device=device) >= start) & active"),
         ("windows are not kept apart", "asked[:, end:] = False", "pass"),
         ("the mask may be committed", "[config.mask_token_id, config.pad_token_id]",

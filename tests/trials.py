@@ -24,13 +24,13 @@ import train_tiny  # noqa: E402
 
 RUNS, RESULTS = Path("runs/trials"), Path(__file__).with_name("trials.json")
 BLOCKS = (1, 4, 16, 64)
-BLOCK_STEPS = 1200
+BLOCK_STEPS = 800
 WIDTHS = {48: {"n_layers": 3, "n_embd": 48}, 80: {"n_layers": 4, "n_embd": 80}, 128: {}}
 MEASURES = ("likelihood bound / entropy", "detection: macro AUC", "... half of the tokens masked",
             "separation: cross-covariance", "contribution: known + discovered (Eq. 22)",
             "... known", "alignment: words' concepts that promote their word most",
             "... topics, moods, forms: promoted tokens that fit")
-SCALE_STEPS = (300, 900, 2700)
+SCALE_STEPS = (200, 600, 1800)
 WAYS = {"1 token a step": {}, **{f"{n} tokens a step": {"steps": 128 // n} for n in (2, 4, 8, 16)},
         **{f"all at least {p:.0%} sure": {"confidence_threshold": p} for p in (0.95, 0.8, 0.5)}}
 

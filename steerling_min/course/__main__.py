@@ -150,7 +150,7 @@ def main() -> None:
     commands = p.add_subparsers(metavar="command")
     listing = commands.add_parser("list", help=overview.__doc__)
     listing.add_argument("--json", action="store_true", help="for programs")
-    for run in [check, show] if HANDED_OUT.is_file() else [start, check, solution, restore, show]:
+    for run in (check, show) if HANDED_OUT.is_file() else (start, check, solution, restore, show):
         known = MODIFICATIONS if run is show else EXERCISES
         one = commands.add_parser(run.__name__, help=run.__doc__)
         one.add_argument("name", choices=known, metavar="NAME")

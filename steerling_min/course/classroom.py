@@ -106,8 +106,8 @@ def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float)
         original = Path(clean)
         run = cache(partial(run_tests, original, limit))  # equal functions are run once
         right = {e: pool.submit(run, e, function_of(e, original)) for e in chosen}
-        yield from pool.map(lambda pair: row(original, *pair, right[pair[1]], run),
-                            [(folder, e) for folder in folders for e in chosen])
+        yield from pool.map(lambda folder, e: row(original, folder, e, right[e], run),
+                            [folder for folder in folders for _ in chosen], chosen * len(folders))
 
 
 def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
@@ -144,7 +144,7 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
 
     Returns what each test says, nothing if it passed; why there is no such thing; and seconds.
     """
-    began, outcomes = time.monotonic(), {}
+    began, outcomes, nowhere = time.monotonic(), {}, subprocess.DEVNULL
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder, report = Path(temporary, "repository"), Path(temporary, "report.xml")
         shutil.copytree(original, folder)
@@ -154,7 +154,7 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
                 [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider",
                  f"--junitxml={report}", *shlex.split(exercise.tests)],
                 cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)) as child:
+                stdin=nowhere, stdout=nowhere, stderr=nowhere) as child:
             try:
                 code = child.wait(limit)
                 reason = (f"{file.name} cannot be imported with it" if code == 4 else

@@ -30,13 +30,12 @@ def find(exercise: Exercise, text: str) -> ast.FunctionDef:
     Raises ValueError when it is not there, and SyntaxError when the text is no Python.
     """
     file, function = exercise.where.split()
-    node = ast.parse(text, file)
+    found: list = [ast.parse(text, file)]
     for name in function.split("."):
-        inside = [x for x in node.body if getattr(x, "name", None) == name]
-        if not inside:
+        found = [x for x in found[-1].body if getattr(x, "name", None) == name]
+        if not found:
             raise ValueError(f"{file} has no {function}")
-        node = inside[-1]
-    return node
+    return found[-1]
 
 
 def lines_of(node: ast.FunctionDef) -> slice:

@@ -75,7 +75,7 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
     or not floating point. Of the tied pair either may be stored, or both.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {}
+    found: dict[str, Path] = {}
     for file in files:
         for name, stored in read_header(file).items():
             if name not in expected:
@@ -142,7 +142,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: boo
     return model.eval()
 
 
-def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype,
+def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: torch.dtype,
                  int8: bool = False) -> None:
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
 
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device, dtype: to
     tie(model)
 
 
-def tie(model: nn.Module) -> None:
+def tie(model: Steerling) -> None:
     """Make lm_head and tok_emb hold one and the same matrix."""
     lm_head, tok_emb = model.transformer.lm_head, model.transformer.tok_emb
     for name, tensor in [*tok_emb.named_parameters(), *tok_emb.named_buffers()]:
@@ -194,7 +194,8 @@ def save_model(model: Steerling, folder: Path) -> None:
 
 def parts_of(model: Steerling) -> list[list[str]]:
     """The parameters' names, shared out over the files of a checkpoint in their order."""
-    parts, room = [[]], SHARD
+    parts: list[list[str]] = [[]]
+    room = SHARD
     for name, x in model.named_parameters():
         if x.nbytes > room and parts[-1]:
             parts, room = [*parts, []], SHARD

@@ -137,7 +137,8 @@ def load_labels(file: Path | None, config: Config) -> Labels:
     Raises OSError, ValueError or ImportError, in one line that names the file, the row and what is
     wrong there.
     """
-    labels, seen = [], {}  # seen: (head, id) -> row
+    labels = []
+    seen: dict[tuple[str, int], int] = {}  # (head, id) -> row
     for number, row in read_rows(file) if file else ():
         try:
             label = read_label(row, config)

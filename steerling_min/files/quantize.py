@@ -30,11 +30,14 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 class Int8(nn.Module):
     """A matrix in int8, in the place of an nn.Linear (without bias) or of an nn.Embedding."""
 
+    int8: Tensor   # (rows, columns)
+    scale: Tensor  # (rows, 1)
+
     def __init__(self, weight: Tensor):
         super().__init__()
         int8, scale = quantize_rows(weight)
-        self.register_buffer("int8", int8)    # (rows, columns)
-        self.register_buffer("scale", scale)  # (rows, 1)
+        self.register_buffer("int8", int8)
+        self.register_buffer("scale", scale)
 
     @property
     def weight(self) -> Tensor:

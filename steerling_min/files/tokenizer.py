@@ -145,7 +145,8 @@ class Tokenizer:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         if specials:
             return self.encoding.decode(ids)
-        text, gap = [], set()  # gap: the special tokens since the last of the text
+        text: list[bytes] = []
+        gap = set()  # the special tokens since the last of the text
         for i in ids:
             if i in self.special_ids:
                 gap.add(i)
@@ -163,7 +164,8 @@ class Tokenizer:
         Some characters take several tokens. Such a character stands with the last of its tokens,
         the others get "". Bytes that are part of no character are "\ufffd".
         """
-        decoder, found = codecs.getincrementaldecoder("utf-8")("replace"), []
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        found: list[str] = []
         for i in ids:
             begun = decoder.getstate()[0]
             text = decoder.decode(self.encoding.decode_single_token_bytes(i))
@@ -192,7 +194,7 @@ def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
 
     From left to right, each piece in one pair at most: merge([a, a, a], aa) is [aa, a].
     """
-    merged = []
+    merged: list[bytes] = []
     for piece in pieces:
         if merged and merged[-1] + piece == token:
             merged[-1] = token
@@ -214,7 +216,7 @@ def byte_pairs(words: dict[bytes, int], n: int) -> dict[bytes, int]:
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     spelt, times = [[bytes([b]) for b in word] for word in words], list(words.values())
-    counts, where = Counter(), defaultdict(set)  # of a pair: how often it occurs, in which words
+    counts, where = Counter[bytes](), defaultdict(set)  # of a pair: how often, and in which words
 
     def count(word: int, sign: int) -> None:
         for left, right in pairwise(spelt[word]):
@@ -223,8 +225,8 @@ def byte_pairs(words: dict[bytes, int], n: int) -> dict[bytes, int]:
     for word in range(len(spelt)):
         count(word, +1)
     while len(ranks) < n and counts:
-        token = max(counts, key=counts.get)
-        if counts[token] < 2:
+        token, most = counts.most_common(1)[0]
+        if most < 2:
             break
         ranks.setdefault(token, len(ranks))
         for word in sorted(where.pop(token)):

@@ -48,7 +48,8 @@ def stream_tensors(file: Path, shapes: Mapping[str, torch.Size], tensors: Iterab
     The file is the header's length (8 bytes, little endian), the header (JSON, padded to 8 bytes),
     then the tensors' bytes. shapes: {name: shape} in the order of tensors.
     """
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * shape.numel()
         header[name] = {"dtype": "F32", "shape": [*shape], "data_offsets": [begin, end]}

@@ -50,7 +50,7 @@ def batches(files: Sequence[Path], columns: list[str]) -> Iterator:
 
 def most_frequent(files: Sequence[Path], top: int) -> list[tuple[str, int]]:
     """Type and id of the concepts that most usable chunks have, `top` of each type."""
-    counts = {type: Counter() for type in TYPES}
+    counts: dict[str, Counter[int]] = {type: Counter() for type in TYPES}
     for batch in batches(files, COLUMNS[:1] + COLUMNS[3:]):
         for type in TYPES:
             counts[type].update(batch[f"{type}_ids"].flatten().to_pylist())
@@ -101,9 +101,9 @@ class Atlas(Texts):
 
     def concepts(self, row: dict) -> tuple[int, ...]:
         """The labels' ids of a chunk's concepts, as far as they are among the most frequent."""
-        found = {self.ids.get((type, concept)) for type in TYPES
-                 for concept in row[f"{type}_ids"] or ()}
-        return tuple(sorted(found - {None}))
+        found = {self.ids[type, concept] for type in TYPES
+                 for concept in row[f"{type}_ids"] or () if (type, concept) in self.ids}
+        return tuple(sorted(found))
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         """A step's portion follows from its number alone, so that a run can go on from any step."""
@@ -111,7 +111,7 @@ class Atlas(Texts):
         if portion < self.at:
             self.reader, self.at = (x for _ in count() for x in self.documents(held_out=False)), -1
         if portion > self.at:
-            skipped = (portion - self.at - 1) * PORTION
+            skipped = int(portion - self.at - 1) * PORTION
             documents = islice(self.reader, skipped, skipped + PORTION)
             self.training, self.at = pack(documents, self.tokenizer), portion
         return super().windows(step, B, T)

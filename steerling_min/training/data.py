@@ -51,7 +51,8 @@ class Batch(NamedTuple):
 def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
          enough: float = float("inf")) -> Stream:
     """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
-    tokens, chunks, labels, learnt = [], [], [], []
+    tokens, chunks, learnt = [], [], []
+    labels: list[tuple[int, ...]] = []
     for document in documents:
         tokens.append(tokenizer.bos_token_id)
         chunks.append(-1)
@@ -135,10 +136,10 @@ def first_stories(steps: int = 30) -> Iterator[Sequence[Chunk]]:
         yield from islice(endless_stories(f"0 {step}"), 8)
 
 
-def fingerprint(stream: Stream, labels: Sequence[Label]) -> str:
+def fingerprint(tensors: Iterable[Tensor], labels: Sequence[Label]) -> str:
     """Tell what was read by 16 letters: another text, other labels or names give others."""
     read = hashlib.sha256("\n".join(label.name for label in labels).encode())
-    for tensor in stream:
+    for tensor in tensors:
         read.update(tensor.numpy().tobytes())
     return read.hexdigest()[:16]
 
@@ -159,8 +160,7 @@ class Stories:
     def __init__(self, seed: int, tokenizer: Tokenizer | None = None,
                  labels: Sequence[Label] = ()):
         """A model that is trained further brings its tokenizer and labels, as in `Texts`."""
-        self.seed, self.tokenizer = seed, tokenizer
-        self.labels = with_new(labels, world.CONCEPTS)
+        self.seed, self.labels = seed, with_new(labels, world.CONCEPTS)
         ids = {label.name: label.id for label in self.labels}
         self.ids = [ids[label.name] for label in world.CONCEPTS]  # of the world's concepts
         # How readily each concept of a chunk is injected (`objective.draw_injections`): a topic, a
@@ -172,7 +172,8 @@ class Stories:
             words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
                             for word in re.findall(WORD, chunk.text) if len(word) > 1)
             pieces = [*map(bytes, zip(range(256))), *(w.encode() for w, _ in words.most_common())]
-            self.tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
+            tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
+        self.tokenizer = tokenizer
         self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
@@ -213,27 +214,27 @@ class Texts:
         Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
         """
         self.seed = seed
-        documents = [document for file in files for document in read_documents(file)]
-        names = {name for chunk in chain(*documents) for name in chunk["concepts"]}
+        read = [document for file in files for document in read_documents(file)]
+        names = {name for chunk in chain(*read) for name in chunk["concepts"]}
         self.labels = with_new(labels, (Label(0, name) for name in sorted(names)))
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
         documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})),
-                            chunk["messages"]) for chunk in document] for document in documents]
+                            chunk["messages"]) for chunk in document] for document in read]
         self.tokenizer = tokenizer or Tokenizer.train(
             "\n".join(chunk.text for chunk in chain(*documents)), vocab,
             instruct=any(chunk.turns for chunk in chain(*documents)))
-        tokens, chunks, labels, learnt = stream = pack(documents, self.tokenizer)
+        tokens, chunks, concepts, learnt = stream = pack(documents, self.tokenizer)
         self.fingerprint = fingerprint(stream, self.labels)
         n = len(tokens)
         part, chosen = torch.arange(n) * 10 // n, torch.tensor(9)
-        if labels.shape[1]:  # a token's part is its chunk's
-            N, parts = len(labels), min(1000, len(labels))
+        if concepts.shape[1]:  # a token's part is its chunk's
+            N, parts = len(concepts), min(1000, len(concepts))
             part = chunks.cummax(0).values.clamp(min=0) * parts // N
             generator = torch.Generator().manual_seed(0)
             chosen = torch.randperm(parts, generator=generator)[: parts // 10]
         held_out = torch.isin(part, chosen)  # (n,)
-        self.training, self.rest = (Stream(tokens[part], chunks[part], labels, learnt[part])
+        self.training, self.rest = (Stream(tokens[part], chunks[part], concepts, learnt[part])
                                     for part in (~held_out, held_out))
         if len(self.rest.tokens) < T:
             raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
@@ -284,7 +285,7 @@ def read_line(line: str, where: str) -> dict:
         names = chunk.setdefault("concepts", [])
         turns = [(turn["role"], turn["content"]) for turn in chunk.get("messages", [])]
         text = "\n".join(chain(*turns)) if "assistant" in dict(turns) else chunk["text"]
-        fine = (text.encode() and ("text" in chunk) != bool(turns) and isinstance(names, list)
+        fine = (bool(text.encode()) and ("text" in chunk) != bool(turns) and isinstance(names, list)
                 and all(0 < len(name.strip()) <= 200 and name.isprintable() for name in names))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass

@@ -85,9 +85,9 @@ MEASURES = {
 @torch.no_grad()
 def held_out_loss(model: Steerling, batch: Batch) -> float:
     """The token loss on windows that training never reads, with the same noise every time."""
-    config, device = model.config, model.device
+    (B, T), config, device = batch.tokens.shape, model.config, model.device
     generator = torch.Generator().manual_seed(0)
-    t = noise_levels(*batch.tokens.shape, config.diff_block_size, generator)
+    t = noise_levels(B, T, config.diff_block_size, generator)
     noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     hidden = model.transformer(noisy.to(device))  # with epsilon, what is composed
     logits = model.transformer.lm_head(hidden[masked.to(device)])
@@ -359,10 +359,10 @@ def evaluate(folder: str | None, device: str = "auto") -> dict[str, float]:
     if model.config.n_concepts != len(CONCEPTS):
         raise ValueError(f"{name} was not trained on the tiny world's stories; its "
                          f"{model.config.n_concepts} concepts are not the world's")
-    groups = [("language", language, 100), ("likelihood", likelihood, 100),
-              ("concepts", concepts, 128, 200_000), ("steering", steering, 8),
-              ("resemblance", resemblance, 40)]
-    found = {}
+    groups: list[tuple] = [("language", language, 100), ("likelihood", likelihood, 100),
+                           ("concepts", concepts, 128, 200_000), ("steering", steering, 8),
+                           ("resemblance", resemblance, 40)]
+    found: dict[str, float] = {}
     for group, measure, *sizes in groups:
         print(f"{name}: {group} ...", end=" ", file=sys.stderr, flush=True)
         started = time.monotonic()

@@ -60,7 +60,7 @@ def look(model: Steerling, stream: Stream, named: Tensor, t: float | None, n: in
     config, generator, found = model.config, torch.Generator().manual_seed(0), []
     for starts in (torch.arange(n) * config.block_size).split(8):
         batch = cut(stream, starts, config.block_size)
-        level = noise_levels(*batch.tokens.shape, config.diff_block_size, generator)
+        level = noise_levels(len(starts), config.block_size, config.diff_block_size, generator)
         level = level if t is None else torch.full_like(level, t)
         noisy, masked = corrupt(batch.tokens, level, config.mask_token_id, generator)
         out = model(noisy.to(model.device))

@@ -59,8 +59,8 @@ class Draws(NamedTuple):
     strength: Tensor          # (B, T), how strongly, in logit units
 
     def to(self, device: torch.device) -> "Draws":
-        batch = Batch(*(x.to(device) for x in self.batch))
-        return Draws(batch, *(x if x is None else x.to(device) for x in self[1:]))
+        rest: list = [x if x is None else x.to(device) for x in self[1:]]
+        return Draws(Batch(*(x.to(device) for x in self.batch)), *rest)
 
 
 class Objective(nn.Module):

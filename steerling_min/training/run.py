@@ -93,8 +93,9 @@ class Run:
         self.folder, self.resumed = args.out, args.resume
         self.options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
         self.labels, self.n_known = Labels([], 0, 0), 0  # of the model that the run starts from
-        self.step, self.seconds, self.history = 0, 0.0, []
-        self.signals = []  # that asked it to stop
+        self.step, self.seconds = 0, 0.0
+        self.history: list[dict] = []
+        self.signals: list[int] = []  # that asked it to stop
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.lock = FileLock(self.folder / LOCK, timeout=0)
         if RANK > 0:

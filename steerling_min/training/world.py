@@ -34,9 +34,9 @@ SENTENCE_END = re.compile(r"(?<=[.?]) (?=[A-Z\"])")  # where a chunk is cut into
 # ---- the concepts --------------------------------------------------------------------------------
 
 # What a chunk as a whole has: group, its names, type, and how to say that a chunk has it.
-WHOLE = [("topic", TOPICS, "content", "is about the topic"),
-         ("mood", MOODS, "tone", "shows the mood"),
-         ("form", FORMS, "document", "has a sentence of the form")]
+WHOLE: list[tuple] = [("topic", TOPICS, "content", "is about the topic"),
+                      ("mood", MOODS, "tone", "shows the mood"),
+                      ("form", FORMS, "document", "has a sentence of the form")]
 # The slots whose words are entities; other words are content.
 ENTITIES = ("hero", "friend", "place")
 
@@ -142,7 +142,7 @@ def pattern_of(template: str, nouns: list[str]) -> re.Pattern:
 
 
 ALL_NOUNS = sorted({noun for nouns, _ in TOPICS.values() for noun in nouns})
-RULES = [(pattern_of(INTRO, []), set())] + [
+RULES: list[tuple[re.Pattern, set[str]]] = [(pattern_of(INTRO, []), set())] + [
     (pattern_of(template, nouns), {name} | said(template))
     for name, (nouns, templates) in [
         *TOPICS.items(),

@@ -27,7 +27,7 @@ def animation(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seq
     """
     explained = explain(model, tokenizer, labels, steps, 0, steering)
     # A text, the step in which it appears (None: it is there from the start), and its colour.
-    pieces = [(text, None, None) for text in tokenizer.pieces(prompt)]
+    pieces: list[tuple] = [(text, None, None) for text in tokenizer.pieces(prompt)]
     pieces += [(token["text"], token["step"], COLOURS[token["written_by"]][0])
                for token in explained["tokens"]]
     pieces.append(("\n\nwritten by", None, None))

@@ -29,10 +29,10 @@ def inputs_of(model: Steerling, tokenizer: Tokenizer, steps: Sequence[Step], pro
     {position: [{"position", "text", "contribution" (logits)}]}, by integrated gradients on the
     sequence as it stood before the step. What was injected is not part of it.
     """
-    T = steps[0].tokens.shape[1]
+    T, asked = steps[0].tokens.shape[1], sum(len(step.ids[row]) for step in steps)
     tokens = torch.full((T,), tokenizer.mask_token_id, device=steps[0].tokens.device)
     tokens[: len(prompt)] = torch.tensor(prompt, dtype=tokens.dtype)
-    found, asked = {}, sum(len(step.ids[row]) for step in steps)
+    found: dict[int, list[dict]] = {}
     for step in steps:
         if live(sys.stderr):
             print(f"\rtraced {len(found)} of {asked} tokens", end="", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: S
 
     It is resemblance and no cause: what the model wrote may have been learnt elsewhere.
     """
-    chunks = [[]]
+    chunks: list[list[int]] = [[]]
     for token in text:
         if token in (tokenizer.endofchunk_token_id, tokenizer.eos_token_id):
             chunks.append([])

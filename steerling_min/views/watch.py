@@ -77,7 +77,7 @@ def pieces_of(step: Step, tokenizer: Tokenizer, L: int, when: dict[int, int], ne
     Half a character is a place still open, as a mask is.
     """
     tokens = step.tokens[0].tolist()
-    pieces = [(tokenizer.decode(tokens[:L]), None)]
+    pieces: list[tuple[str, int | None]] = [(tokenizer.decode(tokens[:L]), None)]
     for position, text in list(enumerate(tokenizer.pieces(tokens)))[L:]:
         if tokens[position] == tokenizer.mask_token_id:
             pieces.append((MASK, None))
