@@ -15,7 +15,8 @@ from steerling_min import Steerling, Steering, Tokenizer, load, unmask
 from steerling_min.attribution import input_attribution
 from steerling_min.files.labels import Label, Labels
 from steerling_min.views.explain import COLOURS, explain
-from steerling_min.views.page import page
+from steerling_min.files.loading import TINY
+from steerling_min.views.page import TEMPLATE, page
 
 PROMPT = 'The <script>alert("old")</script> & @DATA@ caf\u00e9 \u2615 @TITLE@ sailor'
 NEW = 8
@@ -104,6 +105,14 @@ def test_a_full_context_stays_under_a_megabyte(written):
     tokens = data_of(text)["tokens"]
     per_token = len(json.dumps(tokens)) / len(tokens)
     assert len(text) + 256 * per_token < 1e6
+
+
+def test_the_page_in_the_repository_is_small_and_as_pages_are_now():
+    """It is: python sample.py --prompt "The old sailor" --seed 2 --max-new-tokens 96 --html FILE"""
+    text = TINY.with_name("views").joinpath("story.html").read_text(encoding="utf-8")
+    assert len(text.encode()) < 300_000
+    for part in re.split("@[A-Z]+@", TEMPLATE):
+        assert part in text, "write it anew: pages have another form"
 
 
 def test_inputs_are_those_of_the_step_that_committed_the_token(written):
