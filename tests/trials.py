@@ -30,7 +30,7 @@ MEASURES = ("likelihood bound / entropy", "detection: macro AUC", "... half of t
             "separation: cross-covariance", "contribution: known + discovered (Eq. 22)",
             "... known", "alignment: words' concepts that promote their word most",
             "... topics, moods, forms: promoted tokens that fit")
-SCALE_STEPS = (200, 600, 1800)
+SCALE_STEPS = (150, 450, 1350)
 WAYS = {"1 token a step": {}, **{f"{n} tokens a step": {"steps": 128 // n} for n in (2, 4, 8, 16)},
         **{f"all at least {p:.0%} sure": {"confidence_threshold": p} for p in (0.95, 0.8, 0.5)}}
 
