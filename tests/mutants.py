@@ -342,7 +342,8 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "attribution": "explain page",
     "backbone": "model device cache unmasking steering attribution",
     "block": "backbone model", "checkpoint": "loading quantize model sample",
-    "cache": "unmasking device steering",
+    "atlas": "train_tiny", "cache": "unmasking device steering",
+    "cli": "course loading sample run train_tiny",
     "config": "config_json model iguide checkpoint tokenizer unmasking",
     "config_json": "checkpoint loading model", "curve": "train_tiny",
     "data": "train_tiny evaluate resemblance", "diffusion": "objective evaluate sample",
@@ -355,7 +356,7 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "run": "train_tiny", "sampling": "unmasking cache",
     "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
     "unmasking": "cache device steering attribution evaluate sample",
-    "watch": "sample", "world": "data evaluate"}.items()}
+    "watch": "sample", "world": "data evaluate", "writing": "checkpoint page run"}.items()}
 OWN = {"functions": "course", "__main__": "course"}  # whose tests have another name
 # Not among "all": slow ones, and those that read the package's text, not what it does.
 APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course",

@@ -1,9 +1,12 @@
 """FineWeb Atlas: shards read as a stream, whole documents, and the most frequent concepts."""
 
 import io
+import os
 import random
 import re
+import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +197,31 @@ def test_a_shard_without_a_column_is_named(tmp_path, column):
 def test_too_few_documents_are_refused(tmp_path, rows):
     with pytest.raises(ValueError, match="shard_0000.parquet: too few documents"):
         make(tmp_path, rows, T=256)
+
+
+def test_each_chunk_counts_in_how_frequent_a_concept_is(tmp_path):
+    """Concept 7 is in many chunks of a few batches, 8 in one chunk of every batch."""
+    rows = [row(d, 0, content=[8] if d % 1000 == 0 else [7]) for d in range(3000)]
+    assert atlas.most_frequent([shard(tmp_path, rows)], 1) == [("content", 7)]
+
+
+def test_the_documents_to_learn_from_must_fill_a_window_too(tmp_path):
+    held_out = [d for d in range(3000) if zlib.crc32(str(d).encode()) % 10 == 0]
+    with pytest.raises(ValueError, match="too few documents"):
+        make(tmp_path, [row(d, 0) for d in sorted([*held_out, 1, 2])], T=256)
+
+
+def test_every_process_holds_out_the_same_documents(tmp_path):
+    """Whatever the seed of Python's own hashes is."""
+    shard(tmp_path, rows_of())
+    names(tmp_path)
+    code = ("import sys; from pathlib import Path; from steerling_min.training.atlas import Atlas; "
+            "f = Path(sys.argv[1]); print(Atlas([f / 'shard_0000.parquet'], 0, 32, 400, None, (), "
+            "f / 'concepts.parquet', 64).rest.tokens.tolist())")
+    found = {subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, text=True,
+                            capture_output=True, cwd=Path(__file__).parent.parent,
+                            env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"}
+    assert len(found) == 1 and len(found.pop()) > 100
 
 
 def test_a_concept_without_a_name_is_refused(tmp_path):

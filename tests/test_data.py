@@ -279,6 +279,15 @@ def test_labelled_lines_are_held_out_all_over_the_file(tmp_path):
     assert set(whole[0]) & set(whole[1]) == {-1}, "no chunk is in both"
 
 
+def test_the_same_lines_are_held_out_every_time(tmp_path):
+    """Else a run that goes on would be judged by lines that it has learnt."""
+    file, found = labelled(tmp_path, [["a"]] * 500), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(Texts([file], 0, T=64).rest.tokens)
+    assert torch.equal(*found)
+
+
 def test_labels_of_several_files_share_their_names(tmp_path):
     files = [labelled(tmp_path, [["b", "b"]] * 200),
              labelled(tmp_path, [["b", "a"]] * 200, "b.jsonl")]

@@ -1,15 +1,17 @@
 """Sums over processes. What two processes make of it is tested in test_train_tiny.py."""
 
+import math
 import runpy
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
 from steerling_min.training import distributed
-from steerling_min.training.distributed import agreed, mean, total
+from steerling_min.training.distributed import agreed, mean, put, total
 
 
 def test_alone_they_are_the_plain_sum_and_mean():
@@ -48,3 +50,9 @@ def in_each_of_two(rank, folder):
 def test_two_processes_share_one_mean_and_its_gradient(tmp_path):
     multiprocessing.start_processes(in_each_of_two, (str(tmp_path),), nprocs=2,
                                     start_method="fork" if sys.platform == "linux" else "spawn")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_what_is_no_finite_number_is_not_trained_on(value):
+    with pytest.raises(ValueError, match="no finite number"):
+        put(torch.zeros(2), torch.tensor([1.0, value]))

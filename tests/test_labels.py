@@ -69,6 +69,12 @@ def test_a_group_is_found_by_its_name_after_what_it_describes():
     assert ids(labels.find("mood")) == [("k", 2), ("k", 0)]
 
 
+def test_words_of_the_group_only_decide_between_equals():
+    labels = Labels([Label(0, "sad", "mood mood", "mood"), Label(1, "glad", "mood mood mood"),
+                     Label(2, "calm", "mood mood", "")], 3, 0)
+    assert ids(labels.find("mood")) == [("k", 1), ("k", 0), ("k", 2)], "3 in the description, 2, 2"
+
+
 def test_discovered_concepts_are_searched_when_asked_for():
     assert LABELS.find("being") == [] and ids(LABELS.find("being", True)) == [("u", 0)]
     assert ids(LABELS.find("sea", discovered=True)) == [("k", 2), ("k", 0), ("u", 7)]

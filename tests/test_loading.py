@@ -14,7 +14,8 @@ import torch
 from conftest import CACHE_VARIABLES, GOLDEN, same_weights
 
 from steerling_min import Config, Steerling, Tokenizer, load
-from steerling_min.files.cli import one_line_errors
+from steerling_min.files import loading
+from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.loading import TINY, find_checkpoint, find_labels, hub_cache, pick_device
 from steerling_min.files.tokenizer import RANK_FILE
 
@@ -234,3 +235,36 @@ def test_an_operator_that_a_device_lacks_is_one_line(capfd, message):
     error = capfd.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1
     assert "--device cpu" in error and "aten::" in error and "http" not in error
+
+
+def test_int8_is_passed_on():
+    model, _ = load(int8=True)
+    assert any(x.dtype == torch.int8 for x in model.buffers())
+
+
+def test_a_model_is_small_by_its_parameters_not_its_bytes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loading, "SMALL", 2_000_000)  # the bundled one: 1.4 million, 5.7 MB
+    assert load()[0].device.type == "cpu"
+
+
+def test_of_a_repositorys_snapshots_the_one_that_main_names_is_taken(tmp_path, monkeypatch):
+    folder = tmp_path / "models--a--b"
+    for name in (f"{i:02}" for i in range(30)):
+        (folder / "snapshots" / name).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "hub_cache", lambda: tmp_path)
+    for main in ("07", "21"):
+        (folder / "refs" / "main").write_text(main + "\n")
+        assert loading.cached("a/b") == folder / "snapshots" / main
+
+
+def test_memory_that_ran_out_and_a_wrong_option_are_one_line(capfd):
+    with pytest.raises(SystemExit) as stop, one_line_errors("sample.py", "fewer --num-samples"):
+        raise MemoryError
+    error = capfd.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "fewer --num-samples" in error
+    with pytest.raises(SystemExit):
+        Parser(prog="sample.py").error("one\ntwo")
+    assert capfd.readouterr().err.count("\n") == 1

@@ -244,6 +244,16 @@ def test_of_concepts_that_the_data_never_speaks_of_labels_say_nothing(model):
     assert "known_head.concept_predictor" in reached(model, found["token"])
 
 
+def test_where_labels_stand_in_fully_only_unlabelled_concepts_are_predicted(model):
+    """Concepts 0 to 2, of which the data say nothing."""
+    draws = Draws(BATCH._replace(labels=BATCH.labels.where(BATCH.labels > 2, -1)), NOISY, MASKED,
+                  LEVEL, ~NOWHERE, None, STRENGTH)
+    model.zero_grad()
+    Objective(model, [], LIFT[3:], torch.arange(3, 8))(draws, 0.1)["token"].backward()
+    grad = model.known_head.concept_predictor.weight.grad
+    assert (grad[3:8] == 0).all() and (grad[:3] != 0).any(), "labels of 3 to 7 are known"
+
+
 def test_a_tenth_of_the_presence_losss_gradient_reaches_the_backbone_if_it_is_to(model):
     """Its head learns with all of it; with all of it in the backbone texts were not learnt."""
     found = []

@@ -96,6 +96,16 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkey
         assert json.loads(f.metadata()["run"])["step"] == 6
 
 
+def test_a_run_that_goes_on_adds_to_its_seconds(run, tmp_path):
+    def seconds():
+        with safe_open(tmp_path / "out" / STATE, framework="pt") as f:
+            return json.loads(f.metadata()["run"])["seconds"]
+    run("--steps", 30)
+    before = seconds()
+    run("--resume", "--steps", 31)
+    assert before < seconds() < 2 * before, "one step more, not the only one"
+
+
 def a_run(tmp_path):
     return Run(Namespace(out=tmp_path / "out", resume=False))
 
@@ -404,5 +414,7 @@ def test_a_model_goes_on_with_another_text_and_keeps_what_it_knew(run, tmp_path,
     assert model.config.n_concepts == 2 and model.config.n_embd == before.config.n_embd
     moved = (model.transformer.tok_emb.weight - before.transformer.tok_emb.weight).abs().max()
     assert 0 < moved < 0.1, "the weights are its own, two steps on"
+    learnt = [m.known_head.concept_embedding.weight[0] for m in (before, model)]
+    assert (learnt[0] - learnt[1]).abs().max() < 0.1, "what a concept has learnt is no new start"
     run("--resume", "--steps", 4)
     assert known(tmp_path / "out") == ["even", "odd"]

@@ -259,6 +259,43 @@ def test_the_figures_say_that_a_watched_text_was_slowed_down(run, monkeypatch):
     assert run("--watch").out.endswith(", slowed down for --watch\n")
 
 
+def test_a_score_per_token_counts_the_texts_tokens(run):
+    out = run("--score", " sailor lived", "--prompt", "The old", model=None, new=None).out
+    nats, per_token, n = re.match(r" *(\S+) nats, +(\S+) per token of (\d+):", out).groups()
+    assert float(nats) / int(n) == pytest.approx(float(per_token), abs=0.002) and int(n) == 2
+
+
+def test_in_global_order_the_text_may_end(run, monkeypatch):
+    seen = []
+
+    def unmask(*args, **options):
+        seen.append(options["allow_eos"])
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sample, "unmask", unmask)
+    for order in ("global", "window"):
+        run("--seed", 1, "--order", order)
+    assert seen == [True, False]
+
+
+def test_an_animation_has_all_steps_whatever_else_is_asked_for(run, tmp_path):
+    alone, beside = tmp_path / "a.svg", tmp_path / "b.svg"
+    run("--seed", 1, "--svg", alone, model=None)
+    run("--seed", 1, "--svg", beside, "--json", model=None)
+    assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_of_several_texts_each_has_its_own_explanation(run):
+    both = run("--seed", 1, "--explain", "--num-samples", 2, model=None).out
+    second = run("--seed", 2, "--explain", model=None).out
+    rows = [line for line in second.splitlines() if re.match(r" +\d+ +\d+%", line)]
+    assert rows and all(row in both for row in rows), "the second is what --seed 2 alone gives"
+
+
+def test_a_piped_prompt_keeps_its_blanks(run):
+    result = run("--seed", 1, "--json", stdin=io.StringIO("  abcd ab  \n"))
+    assert json.loads(result.out)["prompt"] == "  abcd ab  ", "all but the line's end is the prompt"
+
+
 def test_continuations_are_scored(run):
     out = run("--score", " sailor lived", "--score", " lived sailor", "--prompt", "The old",
               model=None, new=None).out

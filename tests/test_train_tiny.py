@@ -185,6 +185,36 @@ def test_the_plain_step_is_the_trainers_with_all_parts_left_out():
     assert torch.cosine_similarity(*moved, dim=0) > 0.9999, "one direction (one is clipped)"
 
 
+def test_a_plain_step_begins_with_no_gradient_of_the_step_before():
+    model, tokens = fresh(), torch.randint(0, 200, (2, 64))
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), []
+    for _ in range(2):
+        train_tiny.plain_step(model, optimizer, tokens, torch.Generator().manual_seed(0))
+        found.append(model.transformer.tok_emb.weight.grad.norm())
+    close(found[1], found[0], "the same step of the same weights: gradients must not add up")
+
+
+def test_a_step_uses_the_learning_rate_that_it_is_given():
+    """Not that of the step before."""
+    args = train_tiny.Namespace(seed=0, batch=2, without=["steering"])
+    model = fresh()
+    optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=1.0)
+    lift = torch.zeros(model.config.n_concepts, model.config.vocab_size)
+    before = model.transformer.tok_emb.weight.detach().clone()
+    train_tiny.take_step(train_tiny.Objective(model, [], lift), optimizer, train_tiny.draw_step(
+        STORIES, model.config, 3, 0.9, args), 0.9, 0.0, torch.float32)
+    assert torch.equal(model.transformer.tok_emb.weight, before), "a rate of 0 moves nothing"
+
+
+def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_one(run, tmp_path, monkeypatch):
+    numbers = iter(range(1, 11))
+    monkeypatch.setattr(train_tiny, "take_step",
+                        lambda *args: {"token": torch.tensor(float(next(numbers)))})
+    run("--steps", 10)
+    assert [row["token"] for row in history_of(tmp_path / "out")] == [3.0, 8.0], (
+        "1 to 5, then 6 to 10")
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 
