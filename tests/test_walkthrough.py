@@ -35,7 +35,7 @@ def test_it_was_run_from_top_to_bottom_without_an_error():
     outputs = [out for cell in CODE for out in cell["outputs"]]
     assert {out["output_type"] for out in outputs} <= {"stream", "display_data"}
     assert all(out.get("name") != "stderr" for out in outputs), "a warning is no part of a lesson"
-    assert 7 <= sum("image/png" in out.get("data", {}) for out in outputs) <= 8
+    assert 9 <= sum("image/png" in out.get("data", {}) for out in outputs) <= 10
 
 
 def test_it_is_small_and_names_no_folder_of_the_machine_it_ran_on():

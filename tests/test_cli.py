@@ -1,0 +1,48 @@
+"""Whatever a user can put right ends a command with one line: seen from outside, by a shell."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="pipes and /dev/full are POSIX's")
+
+
+def shell(body, command):
+    """Run `body` under one_line_errors in a process of its own, which `command` starts as $P."""
+    code = ("import sys; from steerling_min.files.cli import one_line_errors\n"
+            f"with one_line_errors('x.py', 'take less'):\n    {body}\n")
+    return subprocess.run(["bash", "-c", command], text=True, capture_output=True, cwd=ROOT,
+                          env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "CODE": code,
+                               "P": sys.executable})
+
+
+@POSIX
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_is_full_is_one_line():
+    found = shell("print('text')", '"$P" -c "$CODE" > /dev/full')
+    assert found.returncode == 2 and found.stderr == "x.py: [Errno 28] No space left on device\n", (
+        "flushed inside, where an error is still one line, and not once more at the end")
+
+
+@POSIX
+def test_a_file_that_is_wrong_leaves_the_output_as_it_is():
+    found = shell("print('text'); open('/nowhere/x')", '"$P" -c "$CODE"')
+    assert found.returncode == 2 and found.stdout == "text\n", "what was printed is not lost"
+    assert found.stderr == "x.py: [Errno 2] No such file or directory: '/nowhere/x'\n"
+
+
+@POSIX
+def test_a_reader_that_has_had_enough_ends_it_silently():
+    found = shell("for i in range(10**5): print(i)", '"$P" -c "$CODE" | head -n 1; '
+                  'echo "${PIPESTATUS[0]}"')
+    assert found.stdout == "0\n141\n" and found.stderr == "", "as a process that SIGPIPE ends"
+
+
+@POSIX
+@pytest.mark.parametrize("stream, body", [("2", "raise ValueError('wrong')"), ("1", "print(1)")])
+def test_a_closed_stream_is_no_error_of_its_own(stream, body):
+    found = shell(body, f'"$P" -c "$CODE" {stream}>&-; echo "status $?"')
+    assert found.stdout == f"status {2 if stream == '2' else 0}\n" and found.stderr == ""
