@@ -1,4 +1,5 @@
-"""Sums and means over all processes of a training run; with one process, plain sums and means.
+"""What several processes of a training run share: sums and means, and a model in parts. With one
+process they are plain sums and means, and the model is whole: whoever has one may skip this file.
 
 Every loss here is a mean over something whose number differs from process to process (masked
 tokens, chunks). The mean of the processes' means would be another loss; so numerators and
