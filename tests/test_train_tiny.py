@@ -387,6 +387,7 @@ def trained(objective, *args):
     moments = [x for state in made[0].state.values() for x in state.values() if x.dim()]
     numbers = [held(parameters), held([p.grad for p in parameters]), held(moments)]
     pathlib.Path(sys.argv[2], f"held{{t.RANK}}").write_text(json.dumps(numbers))
+    made.clear()  # the run ends with nothing sharded left, as it does without this test
     return history
 
 t.train, t.make_optimizer = trained, lambda model: made.append(make_optimizer(model)) or made[0]
@@ -402,12 +403,17 @@ def processes(n, folder, *arguments):
             ], {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
 
 
+def run_in_processes(n, folder, *arguments):
+    command, where = processes(n, folder, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **where)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tmp_path,
                                                                       monkeypatch):
     """torchrun with gloo: the same global batch, the same losses; a run goes on in any number."""
-    command, where = processes(n, tmp_path, "--steps", "10", "--recompute")
-    subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
+    run_in_processes(n, tmp_path, "--steps", "10", "--recompute")
     monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
     monkeypatch.setattr(train_tiny, "DROPOUT", 0.9)
     run("--steps", 10, out=tmp_path / "one", LOG_EVERY=1)
@@ -432,8 +438,7 @@ def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tm
     one, several = history_of(tmp_path / "one"), history_of(tmp_path / "out")
     assert len(several) == 12 and several[-1]["token"] == pytest.approx(one[-1]["token"], rel=1e-3)
     if n == 4:  # and back
-        command, where = processes(n, tmp_path, "--resume", "--steps", "14")
-        subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
+        run_in_processes(n, tmp_path, "--resume", "--steps", "14")
         assert [row["step"] for row in history_of(tmp_path / "out")] == list(range(1, 15))
 
 
@@ -449,8 +454,7 @@ def test_two_processes_start_from_a_checkpoint_in_several_files_as_one_does(run,
     assert len(list((tmp_path / "sharded").glob("model-*"))) > 2
     more = ["--init", str(tmp_path / "sharded"), "--steps", "3", "--text",
             str(a_labelled_text(tmp_path, "first", "second"))]
-    command, where = processes(2, tmp_path, *more)
-    subprocess.run(command, check=True, capture_output=True, timeout=300, **where)
+    run_in_processes(2, tmp_path, *more)
     monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
     run(*more, out=tmp_path / "one", LOG_EVERY=1)
     for one, two in zip(*map(history_of, (tmp_path / "one", tmp_path / "out")), strict=True):
