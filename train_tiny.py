@@ -49,7 +49,7 @@ from steerling_min.iguide import rows
 from steerling_min.model import initial_std
 from steerling_min.training.atlas import Atlas
 from steerling_min.training.curve import save_png, text_curve
-from steerling_min.training.data import Stories, Texts, count_tokens, cut
+from steerling_min.training.data import Stories, Stream, Texts, count_tokens, cut, places
 from steerling_min.training.distributed import RANK, WORLD, agreed, gathered, put, shard, whole
 from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_text, per_character,
                                              print_table, write)
@@ -220,21 +220,18 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
 
 
-def prepare(model: Steerling, corpus: Stories | Texts, args: Namespace, run: Run,
+def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Namespace, run: Run,
             device: torch.device) -> Objective:
     """Build the Objective of a run around its model. The model gets its numbers here: first ones,
-    or those of --init.
+    or those of --init. counted: a part of the corpus that says which tokens go with which concept.
     """
     config = model.config
-    counted, _ = corpus.windows("counted", 200, config.block_size)
     if RANK == 0 and not counted.labels.shape[1]:
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
     spoken = torch.arange(config.n_concepts)
     if args.init:  # only those of its concepts that occur in the data: few of the 8B's 33,732
         spoken = counted.labels[counted.labels >= 0].unique()
-    row = torch.full((config.n_concepts + 1,), -1)  # the last is for the label -1, which is none
-    row[spoken] = torch.arange(len(spoken))
-    counted = counted._replace(labels=row[counted.labels])
+    counted = counted._replace(labels=places(spoken, config.n_concepts)[counted.labels])
     lift = lift_weights(count_tokens(counted, len(spoken), config.vocab_size)).to(device)
     spoken = spoken.to(device)
     objective = Objective(model, args.without, lift, spoken if args.init else None,
@@ -440,11 +437,12 @@ def run(args: Namespace, this: Run) -> None:
         this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of {T} tokens a "
                  f"step; vocabulary {corpus.tokenizer.vocab_size}; {len(corpus.labels)} known "
                  "concepts")
-    history = train(prepare(model, corpus, args, this, device), corpus, args, this)
+    counted, _ = corpus.windows("counted", 200, T)
+    history = train(prepare(model, corpus, counted, args, this, device), corpus, args, this)
     if RANK == 0:
         if history:
             this.say(text_curve(history))
-            alone, held_out = token_entropy(corpus, T), history[-1]["held out"]
+            alone, held_out = token_entropy(counted.tokens), history[-1]["held out"]
             if held_out > 0.9 * alone:
                 this.say("too short a run to judge its texts, concepts or explanations: held out "
                          f"{held_out:.2f}; a model that knows only token frequencies has "
@@ -463,10 +461,9 @@ def run(args: Namespace, this: Run) -> None:
         sys.exit(128 + this.stopped())
 
 
-def token_entropy(corpus: Stories | Texts, T: int) -> float:
-    """The loss per token, in nats, of a model that knows only token frequencies."""
-    counts = corpus.windows("counted", 200, T)[0].tokens.bincount()
-    return torch.distributions.Categorical(counts.float()).entropy().item()
+def token_entropy(tokens: Tensor) -> float:
+    """The loss per token (n,), in nats, of a model that knows only token frequencies."""
+    return torch.distributions.Categorical(tokens.bincount().float()).entropy().item()
 
 
 def require_room(B: int, config: Config, device: torch.device) -> None:

@@ -339,7 +339,8 @@ def measure_training(device: str) -> None:
             out=Path(folder) / str(steps))
         with train_tiny.Run(args) as run:
             model = train_tiny.make_model("tiny", corpus)
-            objective = train_tiny.prepare(model, corpus, args, run, torch.device(device))
+            counted, _ = corpus.windows("counted", 200, model.config.block_size)
+            objective = train_tiny.prepare(model, corpus, counted, args, run, torch.device(device))
             train_tiny.train(objective, corpus, args, run)
 
     corpus, draw_step = train_tiny.Stories(0), train_tiny.draw_step

@@ -172,7 +172,8 @@ def test_training_runs_where_the_model_is(card, tmp_path, monkeypatch):
                               dtype="float32", out=tmp_path)
     with train_tiny.Run(args) as run:
         model = train_tiny.make_model("tiny", corpus)
-        objective = train_tiny.prepare(model, corpus, args, run, CARD)
+        counted, _ = corpus.windows("counted", 200, model.config.block_size)
+        objective = train_tiny.prepare(model, corpus, counted, args, run, CARD)
         train_tiny.train(objective, corpus, args, run)  # its last steps inject concepts
 
 

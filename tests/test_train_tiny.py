@@ -88,8 +88,7 @@ def test_the_trainer_says_when_a_run_was_too_short_to_mean_anything(run, tmp_pat
 
 def test_what_the_frequencies_of_tokens_alone_give_is_their_entropy():
     tokens = torch.tensor([3, 3, 3, 3, 5, 5, 0, 7])  # 1/2, 1/4, 1/8, 1/8: 1.75 bits
-    corpus = SimpleNamespace(windows=lambda step, B, T: (SimpleNamespace(tokens=tokens), None))
-    assert train_tiny.token_entropy(corpus, 4) == pytest.approx(1.75 * math.log(2))
+    assert train_tiny.token_entropy(tokens) == pytest.approx(1.75 * math.log(2))
 
 
 def test_labels_of_a_text_pull_at_the_backbone_less_than_those_of_the_tiny_world(tmp_path):
@@ -101,7 +100,8 @@ def test_labels_of_a_text_pull_at_the_backbone_less_than_those_of_the_tiny_world
                          (train_tiny.Texts([tmp_path / "a.txt"], 0, 256, 300),
                           train_tiny.TEXT_PULL)):
         model = train_tiny.make_model("tiny", corpus)
-        assert train_tiny.prepare(model, corpus, args, run, "cpu").pull == pull, (
+        counted, _ = corpus.windows("counted", 200, 256)
+        assert train_tiny.prepare(model, corpus, counted, args, run, "cpu").pull == pull, (
             "with more, labels cost a text its language")
 
 

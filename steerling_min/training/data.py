@@ -105,6 +105,14 @@ def has_concepts(labels: Tensor, C: int) -> Tensor:
     return found.scatter(1, labels.where(labels >= 0, C), True)[:, :C]  # column C is for the -1
 
 
+def places(concepts: Tensor, C: int) -> Tensor:
+    """Where each of C concepts stands among `concepts` (P,), or -1: (C + 1,) int64. The last is for
+    -1, a label that is none."""
+    place = torch.full((C + 1,), -1, device=concepts.device)
+    place[concepts] = torch.arange(len(concepts), device=concepts.device)
+    return place
+
+
 def count_tokens(stream: Stream, C: int, V: int) -> Tensor:
     """How often each token stands in chunks with each concept and, last, in all: (C + 1, V) int32.
 

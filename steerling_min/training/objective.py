@@ -16,7 +16,7 @@ from ..diffusion import token_loss
 from ..iguide import UnknownHead, top_concepts
 from ..model import Steerling
 from ..steering import alpha_of, default_layer
-from .data import Batch, has_concepts
+from .data import Batch, has_concepts, places
 from .distributed import joined, mean
 from .losses import (alignment_loss, compose, express_loss, independence_loss, known_forcing,
                      presence_loss, reconstruction_loss, respond_loss, unknown_forcing)
@@ -74,10 +74,9 @@ class Objective(nn.Module):
         how much of their gradient the concepts' logits pass on to the backbone."""
         super().__init__()
         self.model, self.without, self.lift, self.pull = model, without, lift, pull
-        C = model.config.n_concepts
         self.spoken = slice(None) if spoken is None else spoken
-        self.row = torch.full((C + 1,), -1, device=lift.device)  # of a concept in lift, or -1
-        self.row[:C][self.spoken] = torch.arange(len(lift), device=lift.device)
+        every = torch.arange(len(lift), device=lift.device)
+        self.row = places(every if spoken is None else spoken, model.config.n_concepts)  # in lift
 
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Compute the losses by name: scalars, already times their weights. Their sum is the loss.
@@ -115,7 +114,7 @@ class Objective(nn.Module):
         if len(self.lift) < logits.shape[-1]:
             weights = top.sigmoid() * (self.row[ids] < 0)  # (M, k)
             labelled = labelled + model.known_head.features(ids, weights).float()
-        has_labels = batch.labels.shape[1] * len(self.lift) > 0  # not where there are none at all
+        has_labels = batch.labels.shape[1] > 0 and len(self.lift) > 0  # not where there are none
 
         forcing = known_forcing(progress) if has_labels and "forcing" not in without else 0.0
         composed = compose(at_masks, known, unknown, labelled, without_epsilon, forcing,
