@@ -38,11 +38,11 @@ WAYS = {"1 token a step": {}, **{f"{n} tokens a step": {"steps": 128 // n} for n
 def trained(name: str, size: dict, steps: int) -> Path:
     """A model of the tiny world, in a configuration that differs from the bundled one's by size."""
     folder = RUNS / name
-    if not (folder / "loss.done").exists():
+    if not (folder / "done").exists():
         train_tiny.SIZES["trial"] = size
         sys.argv = ["train_tiny.py", "--size", "trial", "--steps", str(steps), "--out", str(folder)]
         train_tiny.main()
-        (folder / "loss.done").touch()
+        (folder / "done").touch()
     return folder
 
 

@@ -167,24 +167,24 @@ class Run:
             raise ValueError("the text has concepts, and the model that the run starts from has "
                              f"none with a name, so they cannot be matched; {GET_LABELS}")
         else:
-            self.prepare(model, corpus)
+            if RANK == 0:
+                self.write_beside(model, corpus)
             self.save(model, optimizer)
         if RANK == 0:
             run = {"options": self.options, "data": corpus.fingerprint}
             with replacing(self.folder / RUN) as partial:
                 partial.write_text(json.dumps(run, indent=2, default=lambda x: str(x.absolute())))
 
-    def prepare(self, model: Steerling, corpus: Stories | Texts) -> None:
+    def write_beside(self, model: Steerling, corpus: Stories | Texts) -> None:
         """Write what the folder of a new run has besides model and state."""
-        if RANK == 0:
-            if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
-                corpus.tokenizer.save(self.folder / RANK_FILE)
-            write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
-                                model.config.n_concepts, model.config.n_unknown_concepts),
-                         self.folder)
-            if isinstance(corpus, Stories):  # they repeat names on purpose, and end
-                write_generation(self.folder, max_new_tokens=250, repetition_penalty=1.0,
-                                 allow_eos=True)
+        if not corpus.tokenizer.encoding.name.startswith("cl100k"):  # tiktoken has that one
+            corpus.tokenizer.save(self.folder / RANK_FILE)
+        write_labels(Labels([*corpus.labels, *self.labels.unknown.values()],
+                            model.config.n_concepts, model.config.n_unknown_concepts),
+                     self.folder)
+        if isinstance(corpus, Stories):  # they repeat names on purpose, and end
+            write_generation(self.folder, max_new_tokens=250, repetition_penalty=1.0,
+                             allow_eos=True)
 
     def save(self, model: Steerling, optimizer: AdamW) -> None:
         """Write model and state; those before them stay until these are complete. Every process
