@@ -58,9 +58,10 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
 
 
 @torch.no_grad()
-def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: int = 16,
-                     generator: torch.Generator | None = None) -> Tensor:
-    """An upper bound on -log p(tokens from `start` on | tokens before it): (B,) nats per token.
+def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = None,
+                     samples: int = 16, generator: torch.Generator | None = None) -> Tensor:
+    """An upper bound on -log p of the tokens asked about, given the others: (B,) nats per token
+    asked about.
 
     It goes block by block, as text is written: earlier blocks are clean, later ones unseen. Imagine
     that the n tokens asked about in a block are written one by one, in a random order. When m of
@@ -76,32 +77,34 @@ def likelihood_bound(model: Steerling, tokens: Tensor, start: int = 0, samples: 
     with one u ~ U(0, 1) for each row and block.
 
     Logits come from the hidden state: with epsilon, composed = hidden.
-    Args: tokens (B, T) without masks; 0 <= start < T; samples, the Monte-Carlo draws per block;
-    generator on the CPU. Raises ValueError, naming it, for a start outside.
+    Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, at least one in each row, the
+    tokens asked about: by default all; samples, the Monte-Carlo draws per block; generator on the
+    CPU. Raises ValueError, naming it, where nothing is asked or drawn.
     """
     require_tokens("tokens", tokens, model.config)
+    asked = torch.ones(tokens.shape, dtype=torch.bool) if asked is None else asked
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
-    if not 0 <= start < T or samples < 1:
-        raise ValueError(f"start = {start} must lie in 0 to {T - 1} and samples = {samples} be at "
-                         "least 1")
+    if not asked.any(1).all() or samples < 1:
+        raise ValueError(f"nothing to score: a row with no token asked about, or {samples = } < 1")
     nats = torch.zeros(B, device=device)
-    for block in range(start // S * S, T, S):
-        first, end = max(start, block), min(T, block + S)
-        n = end - first
+    for block in range(0, T, S):
+        here = asked[:, None, block : block + S]  # (B, 1, up to S)
+        if not here.any():
+            continue
+        n = here.sum(-1)  # (B, 1), how many are asked about
         u = (torch.arange(samples) + torch.rand((B, 1), generator=generator)) / samples
         m = (u * n).long().clamp(max=n - 1) + 1  # (B, samples), 1 to n
-        order = torch.rand((B, samples, n), generator=generator).argsort(-1).argsort(-1)
-        masked = torch.zeros(B, samples, end, dtype=torch.bool)
-        masked[..., first:] = order < m[..., None]  # m random ones of the n
-        masked = masked.to(device)
-        clean = tokens[:, None, :end].expand(-1, samples, -1)  # (B, samples, end)
+        order = torch.rand((B, samples, here.shape[-1]), generator=generator)
+        order = order.masked_fill(~here, 2.0).argsort(-1).argsort(-1)  # the others come last
+        masked = F.pad(order < m[..., None], (block, 0)).to(device)  # m random ones of the n
+        clean = tokens[:, None, : masked.shape[-1]].expand(masked.shape)  # (B, samples, end)
         noisy = clean.masked_fill(masked, model.config.mask_token_id)
         hidden = model.transformer(noisy.flatten(0, 1))  # composed, since nothing is edited
         logits = model.transformer.lm_head(hidden[masked.flatten(0, 1)])  # (M, V)
         losses = torch.zeros(masked.shape, device=device)
         losses[masked] = F.cross_entropy(logits.float(), clean[masked], reduction="none")
-        nats += (losses.sum(-1) * n / m.to(device)).mean(1)
-    return nats / (T - start)
+        nats += (losses.sum(-1) * (n / m.clamp(min=1)).to(device)).mean(1)
+    return nats / asked.sum(1).to(device)
 
 
 def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequence[int],
@@ -113,9 +116,8 @@ def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequen
     empty. Raises ValueError when the continuation is empty, or when both together outgrow the
     context.
     """
-    if len(continuation) == 0:
-        raise ValueError("the continuation is empty: there is nothing to score")
     tokens = torch.tensor([[*prompt, *continuation]], device=model.device)
+    asked = torch.arange(tokens.shape[1])[None] >= len(prompt)
     generator = torch.Generator().manual_seed(seed)
-    bound = likelihood_bound(model, tokens, len(prompt), samples, generator)
+    bound = likelihood_bound(model, tokens, asked, samples, generator)
     return -bound.item() * len(continuation)

@@ -154,8 +154,8 @@ def test_the_bound_is_that_of_all_tokens_but_the_first(monkeypatch):
     def costs(tokens):
         return torch.where(tokens == TOKENIZER.bos_token_id, 100.0, 1.0 + tokens % 2)
 
-    def bound(model, tokens, start, samples, generator):
-        return costs(tokens)[:, start:].mean(1)
+    def bound(model, tokens, asked, samples, generator):
+        return costs(tokens)[asked].mean()[None]
     monkeypatch.setattr(evaluate, "likelihood_bound", bound)
     found = evaluate.likelihood(SimpleNamespace(device="cpu"), TOKENIZER, 3)
     stories = held_out_stories(3)
@@ -575,6 +575,32 @@ def test_a_model_that_knows_nothing_pays_the_logarithm_of_its_vocabulary():
     assert per_character(model, BYTES, batch) == pytest.approx(math.log(261))
 
 
+def test_what_is_not_learnt_costs_nothing_and_is_no_token(monkeypatch):
+    """A user's turn is only read. A model that pays 1 nat for an a and 100 for anything else."""
+    def bound(model, tokens, asked, *rest):
+        costs = torch.where(tokens == 97, 1.0, 100.0)
+        return (costs * asked).sum(1) / asked.sum(1)
+    monkeypatch.setattr(evaluate, "likelihood_bound", bound)
+    tokens = torch.tensor(BYTES.encode("bbbaa" * 64))  # 10 windows of 32
+    learnt = tokens == 97
+    learnt[:32] = False  # a window in which nothing is learnt
+    rest = Stream(tokens, torch.zeros(320).long(), torch.full((1, 0), -1), learnt)
+    torch.manual_seed(0)
+    found = measure_text(Steerling(OF_BYTES), BYTES, rest)
+    assert found["bound, nats per token"] == found["bound, nats per character"] == 1.0
+    model = SimpleNamespace(device="cpu")
+    batch = Batch(tokens.view(10, 32), torch.zeros(10, 32).long(), rest.labels, learnt.view(10, 32))
+    assert per_character(model, BYTES, batch) == 1.0
+
+
+def test_only_what_is_learnt_is_masked_and_measured():
+    torch.manual_seed(0)
+    tokens, learnt = torch.arange(64) % 256, torch.arange(64) % 4 == 0
+    stream = Stream(tokens, torch.zeros(64).long(), torch.zeros(1, 1).long(), learnt)
+    seen = evaluate.look(Steerling(OF_BYTES), stream, learnt, 1.0, 2)
+    assert seen.named.all() and len(seen.named) == 16, "a user's turns are read clean"
+
+
 def test_concepts_of_a_text_are_detected_where_they_are():
     """Concept 0 reads the token a, which the chunks labelled with it have; concept 1 is nowhere."""
     torch.manual_seed(0)
@@ -596,7 +622,7 @@ def test_concepts_of_a_text_are_detected_where_they_are():
 
 def test_windows_are_spread_over_all_that_is_held_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "likelihood_bound", lambda model, tokens, samples, generator: (
+    monkeypatch.setattr(evaluate, "likelihood_bound", lambda model, tokens, *rest: (
         seen.append(tokens), torch.ones(len(tokens)))[1])
     rest = Stream(torch.arange(1000) % 256, torch.zeros(1000).long(), torch.full((1, 0), -1))
     measure_text(Steerling(OF_BYTES), BYTES, rest, n=3)

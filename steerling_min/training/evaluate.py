@@ -20,10 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from ..attribution import embed_chunks, resembling
-from ..diffusion import corrupt, likelihood_bound, noise_levels
+from ..diffusion import corrupt, likelihood_bound, noise_levels, token_loss
 from ..files.loading import load
 from ..files.tokenizer import Tokenizer
 from ..model import Steerling
@@ -91,7 +90,7 @@ def held_out_loss(model: Steerling, batch: Batch) -> float:
     noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
     hidden = model.transformer(noisy.to(device))  # with epsilon, what is composed
     logits = model.transformer.lm_head(hidden[masked.to(device)])
-    return cross_entropy(logits, batch.tokens[masked].to(device)).item()
+    return token_loss(logits, batch.tokens.to(device), masked.to(device), t).item()
 
 
 # ---- language ------------------------------------------------------------------------------------
@@ -164,7 +163,8 @@ def likelihood(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, floa
         story = world.write_story(rng)
         tokens = torch.tensor([tokens_of(story, tokenizer)], device=model.device)
         new = tokens.shape[1] - 1  # all but <|bos|>
-        bound = likelihood_bound(model, tokens, 1, 8, generator).item() * new
+        asked = torch.arange(1 + new)[None] > 0
+        bound = likelihood_bound(model, tokens, asked, 8, generator).item() * new
         lost.append(bound + story.log_prob)
         bounds.append(bound)
         n_tokens += new
@@ -313,15 +313,27 @@ def in_units(nats: float, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, flo
         [i for i in tokens.flatten().tolist() if i not in tokenizer.special_ids])
     total = nats * tokens.numel()
     return {"bound, nats per token": nats,
-            "bound, nats per character": total / len(raw.decode(errors="ignore")),
-            "bound, bits per byte": total / math.log(2) / len(raw)}
+            "bound, nats per character": total / max(1, len(raw.decode(errors="ignore"))),
+            "bound, bits per byte": total / math.log(2) / max(1, len(raw))}
+
+
+def bound_in_units(model: Steerling, tokenizer: Tokenizer, tokens: Tensor, learnt: Tensor,
+                   samples: int) -> dict[str, float]:
+    """The bound on those tokens of windows (B, T) that training learns, always with the same noise.
+    A window without any is left out."""
+    some = learnt.any(1)
+    tokens, learnt = tokens[some], learnt[some]
+    generator, nats = torch.Generator().manual_seed(0), 0.0
+    for windows, asked in zip(tokens.split(8), learnt.split(8)):
+        bound = likelihood_bound(model, windows.to(model.device), asked, samples, generator)
+        nats += (bound.cpu() * asked.sum(1)).sum().item()
+    return in_units(nats / max(1, learnt.sum().item()), tokens[learnt], tokenizer)
 
 
 def per_character(model: Steerling, tokenizer: Tokenizer, batch: Batch) -> float:
-    """The bound in nats per character, roughly: of every second window, with the same noise."""
-    tokens, generator = batch.tokens[::2], torch.Generator().manual_seed(0)
-    bound = likelihood_bound(model, tokens.to(model.device), samples=1, generator=generator)
-    return in_units(bound.mean().item(), tokens, tokenizer)["bound, nats per character"]
+    """The bound in nats per character, roughly: of every second window."""
+    tokens, learnt = batch.tokens[::2], batch.learnt.expand_as(batch.tokens)[::2]
+    return bound_in_units(model, tokenizer, tokens, learnt, 1)["bound, nats per character"]
 
 
 def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 200
@@ -332,12 +344,10 @@ def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 
     C, T = model.config.n_concepts, model.config.block_size
     n, last = min(n, len(rest.tokens) // T), len(rest.tokens) - T
     at = torch.linspace(0, last, n, dtype=torch.float64).long()[:, None] + torch.arange(T)  # (n, T)
-    tokens, generator = rest.tokens[at], torch.Generator().manual_seed(0)
-    bounds = [likelihood_bound(model, windows.to(model.device), samples=2, generator=generator)
-              for windows in tokens.split(8)]
-    found = in_units(torch.cat(bounds).mean().item(), tokens, tokenizer)
+    tokens, learnt = rest.tokens[at], rest.learnt.expand_as(rest.tokens)[at]
+    found = bound_in_units(model, tokenizer, tokens, learnt, 2)
     labels = rest.labels.where(rest.labels < C, -1)  # without concepts that the model lacks
-    stream = Stream(tokens.flatten(), rest.chunks[at].flatten(), labels)
+    stream = Stream(tokens.flatten(), rest.chunks[at].flatten(), labels, learnt.flatten())
     named = torch.zeros(n * T, dtype=torch.bool)
     clean, uniform = (look(model, stream, named, t, n) for t in (0, None))
     if (clean.labels.any(0) & ~clean.labels.all(0)).any():

@@ -62,7 +62,7 @@ def look(model: Steerling, stream: Stream, named: Tensor, t: float | None, n: in
         batch = cut(stream, starts, config.block_size)
         level = noise_levels(len(starts), config.block_size, config.diff_block_size, generator)
         level = level if t is None else torch.full_like(level, t)
-        noisy, masked = corrupt(batch.tokens, level, config.mask_token_id, generator)
+        noisy, masked = corrupt(batch.tokens, level * batch.learnt, config.mask_token_id, generator)
         out = model(noisy.to(model.device))
 
         N = len(batch.labels)

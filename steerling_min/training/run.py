@@ -141,13 +141,13 @@ class Run:
 
     def stored_weight(self, name: str, shape: torch.Size, config: Config) -> Tensor:
         """A parameter of the checkpoint that the run starts from. (It is mapped from the file: what
-        is not used is not read.) Rows that it lacks are new concepts', each the mean of the others.
-        """
+        is not used is not read.) Of the known head's, rows of new concepts are the mean of the
+        others, whether the checkpoint has padding there or nothing."""
         stored = name if name in self.stored else LM_HEAD  # of the tied pair either is there
         with safe_open(self.stored[stored], framework="pt") as f:
             weight = f.get_tensor(stored)
-        if weight.shape != shape:
-            known = weight[: self.n_stored]  # the rows after them were padding
+        if name.startswith("known_head.") and config.n_concepts > self.n_stored:
+            known = weight[: self.n_stored]
             weight = torch.cat([known, known.mean(0).expand(shape[0] - len(known), -1)])
         return weight
 
