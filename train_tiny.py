@@ -54,6 +54,7 @@ from steerling_min.training.distributed import RANK, WORLD, agreed, gathered, pu
 from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_text, per_character,
                                              print_table, write)
 from steerling_min.training.losses import lift_weights
+from steerling_min.training.muon import Muon
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.run import Run, parse_options
 
@@ -175,16 +176,26 @@ def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -
     put(model.known_head.concept_embedding.weight, embedding)
 
 
-def make_optimizer(model: Steerling) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices, not on the norms' weights."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+def make_optimizer(model: Steerling) -> Muon:
+    """Muon for the matrices inside the blocks, AdamW for the rest; no weight decay on norms.
+
+    A model of SMALL parameters or more gets AdamW alone: its matrices are so large that making
+    steps orthogonal, in every process, would take as long as the rest of the step, or longer.
+    """
+    large = sum(p.numel() for p in model.parameters()) >= SMALL
+    inside = set(model.transformer.blocks.parameters())
+    groups: list[dict] = [{"params": [], "orthogonal": orthogonal, "weight_decay": decay}
+                          for orthogonal, decay in ((True, 0.1), (False, 0.1), (False, 0.0))]
+    for p in model.parameters():
+        groups[2 if p.dim() == 1 else p not in inside or large]["params"].append(p)
     # `train` sets the learning rate; fused: one pass over each parameter
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    for p in model.parameters():  # before the first step, so that it can be saved from the start
-        zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
+    optimizer = Muon(groups, betas=(0.9, 0.95), fused=True)
+    for group in groups:  # before the first step, so that it can be saved from the start
+        for p in group["params"]:
+            optimizer.state[p] = {"exp_avg": torch.zeros_like(p)}
+            if not group["orthogonal"]:
+                optimizer.state[p] |= {"step": torch.zeros((), device=p.device),
+                                       "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
 

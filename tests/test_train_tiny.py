@@ -53,6 +53,23 @@ def test_norms_are_not_decayed():
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_matrices_inside_the_blocks_of_a_small_model_take_orthogonal_steps(monkeypatch, small):
+    model = fresh()
+    monkeypatch.setattr(train_tiny, "SMALL", 10_000_000 if small else 1_000_000)
+    optimizer = train_tiny.make_optimizer(model)
+    names = {p: name for name, p in model.named_parameters()}
+    found = {names[p] for group in optimizer.param_groups for p in group["params"]
+             if group["orthogonal"]}
+    inside = {name for p, name in names.items() if ".blocks." in name and p.dim() == 2}
+    assert len(inside) == 16 and found == (inside if small else set()), (
+        "embeddings and the heads' tables are lists of rows, which AdamW serves better; in a large "
+        "model the steps would cost too much")
+    for p, state in optimizer.state.items():
+        assert all(x.count_nonzero() == 0 for x in state.values())
+        assert ("exp_avg_sq" in state) == (names[p] not in found), "Muon keeps one moment"
+
+
 def draws(progress, without=(), step=1, corpus=STORIES):
     args = train_tiny.Namespace(seed=0, batch=64, without=without)
     config = train_tiny.Config.tiny()
@@ -376,7 +393,7 @@ def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message)
 SCRIPT = f"""
 import json, os, pathlib, sys, torch, train_tiny as t
 t.SIZES["tiny"], t.LOG_EVERY, t.WARMUP, t.STEER_FROM, t.DROPOUT = {SMALL}, 1, 5, 0.5, 0.9
-t.SMALL = 0 if t.WORLD == 2 else t.SMALL  # each block by itself, or all together
+small, t.SMALL = t.SMALL, 0 if t.WORLD == 2 else t.SMALL  # each block by itself, or all together
 train, make_optimizer, made = t.train, t.make_optimizer, []
 
 def held(tensors):
@@ -385,12 +402,19 @@ def held(tensors):
 def trained(objective, *args):
     history, parameters = train(objective, *args), list(objective.parameters())
     moments = [x for state in made[0].state.values() for x in state.values() if x.dim()]
-    numbers = [held(parameters), held([p.grad for p in parameters]), held(moments)]
+    numbers = [held(parameters), max(gradients), held(moments)]
     pathlib.Path(sys.argv[2], f"held{{t.RANK}}").write_text(json.dumps(numbers))
     made.clear()  # the run ends with nothing sharded left, as it does without this test
     return history
 
-t.train, t.make_optimizer = trained, lambda model: made.append(make_optimizer(model)) or made[0]
+def making(model):
+    t.SMALL = small  # for the optimizer the model is small
+    made.append(make_optimizer(model))
+    made[0].register_step_pre_hook(lambda optimizer, *rest: gradients.append(held(
+        p.grad for p in optimizer.state if p.grad is not None)))
+    return made[0]
+
+t.train, t.make_optimizer, gradients = trained, making, []
 t.main()
 """
 

