@@ -241,7 +241,7 @@ def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Na
         run.say("no labels: the presence loss, teacher forcing and steering losses are off")
     spoken = torch.arange(config.n_concepts)
     if args.init:  # only those of its concepts that occur in the data: few of the 8B's 33,732
-        spoken = counted.labels[counted.labels >= 0].unique()
+        spoken = torch.tensor(sorted(corpus.ids), dtype=torch.int64)
     counted = counted._replace(labels=places(spoken, config.n_concepts)[counted.labels])
     lift = lift_weights(count_tokens(counted, len(spoken), config.vocab_size)).to(device)
     spoken = spoken.to(device)

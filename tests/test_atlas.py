@@ -111,6 +111,9 @@ def test_the_most_frequent_concepts_of_each_type_are_the_models(tmp_path):
         ("Rome", "entity")], "no document concept occurs"
     assert found[0] == (0, "War", "content", "about War")
     assert len(make(tmp_path, rows_of()).labels) == 7, "fewer than 64 of each type are all"
+    more = make(tmp_path, rows_of(), labels=[Label(0, "Own"), Label(1, "Tea", type="content")])
+    assert len(more.labels) == 8 and sorted(more.ids) == [1, 2, 3, 4, 5, 6, 7], (
+        "those that the shard names, among them the model's Tea: wherever they occur")
 
 
 def test_a_chunk_has_its_labels_and_no_others(tmp_path):

@@ -1,6 +1,5 @@
 """A run's folder: what it refuses, what it keeps, and how a run goes on. See conftest's `run`."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -12,18 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, SMALL, close, history_of, same_files
+from conftest import SHARED, SMALL, history_of, same_files
 from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from steerling_min import Config, Steerling, load
+from steerling_min import load
 from steerling_min.files.config_json import read_config, read_generation
 from steerling_min.files.labels import LABELS, load_labels
 from steerling_min.files.loading import TINY
-from steerling_min.iguide import rows
 from steerling_min.training import run as run_module
-from steerling_min.training.data import Stories
 from steerling_min.training.run import LOCK, RUN, STATE, Run
 
 ROOT = Path(__file__).parent.parent
@@ -390,24 +387,6 @@ def test_what_a_concept_has_learnt_is_no_new_start(run, tmp_path, sentences, mon
     run("--steps", 2, "--text", sentences(), out=tmp_path / "a")
     run("--steps", 2, "--init", tmp_path / "a", "--text", sentences("new", "odd"))
     assert counts == [0, 1], "of the second run's concepts the first is the old model's"
-
-
-@pytest.mark.parametrize("C", [4, 40])
-def test_new_concepts_begin_as_the_mean_of_the_others(tmp_path, C):
-    """Three concepts are stored in 16 rows: a fourth finds padding in its place, a fortieth none."""
-    torch.manual_seed(0)
-    model = Steerling(dataclasses.replace(Config.tiny(), n_concepts=3, topk_known=3,
-                                          topk_known_features=3))
-    model.save_pretrained(tmp_path / "a")
-    Stories(0).tokenizer.save(tmp_path / "a" / "tokenizer.tiktoken")
-    start = a_run(tmp_path)
-    start.start_from(str(tmp_path / "a"))
-    config = dataclasses.replace(model.config, n_concepts=C)
-    for name, p in model.known_head.named_parameters():
-        shape = torch.Size([rows(C, config.pad_multiple), p.shape[1]])
-        found = start.stored_weight("known_head." + name, shape, config)
-        assert torch.equal(found[:3], p[:3]), "what a concept has learnt stays"
-        close(found[3:C], p[:3].mean(0).expand(C - 3, -1), "not the padding's numbers")
 
 
 def test_discovered_concepts_keep_their_names(run, tmp_path, sentences):

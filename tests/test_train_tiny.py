@@ -122,6 +122,20 @@ def test_labels_of_a_text_pull_at_the_backbone_less_than_those_of_the_tiny_world
             "with more, labels cost a text its language")
 
 
+def test_a_checkpoint_learns_every_concept_that_the_corpus_names():
+    """Also one that is missing in the part where tokens are counted: it comes later."""
+    args = train_tiny.Namespace(without=[], init="model", resume=True, recompute=False, seed=0,
+                                compile=False, dtype="float32")
+    run = SimpleNamespace(say=print, n_known=0, stored_weight=train_tiny.first_weight)
+    corpus = train_tiny.Stories(0, STORIES.tokenizer, [train_tiny.Label(0, "the model's own"),
+                                                       train_tiny.Label(1, "another")])
+    model = train_tiny.make_model("tiny", corpus)
+    counted = corpus.stream("counted", 100)  # a story
+    objective = train_tiny.prepare(model, corpus, counted, args, run, torch.device("cpu"))
+    assert objective.spoken.tolist() == list(range(2, 296)), "the stories' 294, and no other"
+    assert len(objective.lift) == 294 and (objective.lift.sum(1) == 0).sum() > 200
+
+
 def test_concepts_are_injected_in_the_last_part_only_and_at_masked_positions():
     assert draws(train_tiny.STEER_FROM - 0.01).injected is None
     drawn = draws(train_tiny.STEER_FROM)
@@ -141,20 +155,22 @@ def test_a_concept_begins_at_what_it_lifts_or_where_it_was():
     assert torch.equal(embedding[4], before), "a direction of length 0 would be none at all"
 
 
-def test_a_new_concept_begins_as_the_mean_of_those_that_the_model_knows(tiny_folder, tmp_path):
+@pytest.mark.parametrize("more", [1, 40], ids=["in the padding", "beyond it"])
+def test_a_new_concept_begins_as_the_mean_of_those_that_the_model_knows(tiny_folder, tmp_path,
+                                                                        more):
     old = load(tiny_folder)[0]
-    n, padding = old.config.n_concepts, rows(old.config.n_concepts, old.config.pad_multiple)
+    n = old.config.n_concepts
     with train_tiny.Run(train_tiny.Namespace(out=tmp_path / "out", resume=False)) as run:
         model = run.start_from(str(tiny_folder))[0]
         train_tiny.add_concepts(model, n)
         assert model.config == old.config, "it knows as many already"
-        train_tiny.add_concepts(model, padding + 1)
+        train_tiny.add_concepts(model, n + more)
         train_tiny.fill(model, "cpu", run.stored_weight)
     head = model.known_head
-    assert model.config.n_concepts == head.n_concepts == padding + 1
+    assert model.config.n_concepts == head.n_concepts == n + more
     for before, module in ((old.known_head.concept_predictor, head.concept_predictor),
                            (old.known_head.concept_embedding, head.concept_embedding)):
-        assert len(module.weight) == padding + model.config.pad_multiple
+        assert len(module.weight) == rows(n + more, old.config.pad_multiple)
         assert module.weight.requires_grad
         close(module.weight[:n], before.weight[:n], "what it knows is as it was", atol=0)
         close(module.weight[n:], before.weight[:n].mean(0).expand(len(module.weight) - n, -1),

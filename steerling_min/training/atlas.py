@@ -65,7 +65,8 @@ class Atlas(Texts):
                  tokenizer: Tokenizer | None, labels: Sequence[Label], concepts: Path, top: int):
         """What is learnt are the `top` most frequent concepts of each type, whose names are in the
         file `concepts`. All else is as in Texts, errors too."""
-        self.files, self.seed, self.labels, self.ids = files, seed, list(labels), {}
+        self.files, self.seed, self.labels = files, seed, list(labels)
+        self.numbered: dict[tuple[str, int], int] = {}  # type and Atlas's id -> the label's id
         rows = {(row.get("concept_type"), row["concept_id"]): row for _, row in read_rows(concepts)}
         known = {(label.name, label.type): label.id for label in labels}
         for type, concept in most_frequent(files, top):
@@ -75,9 +76,10 @@ class Atlas(Texts):
                                  f"{files[0]} have")
             new = Label(len(self.labels), row["concept_name"], row.get("concept_description", ""),
                         "", type)
-            self.ids[type, concept] = known.get((new.name, type), new.id)
-            if self.ids[type, concept] == new.id:
+            self.numbered[type, concept] = known.get((new.name, type), new.id)
+            if self.numbered[type, concept] == new.id:
                 self.labels.append(new)
+        self.ids = [*self.numbered.values()]
         self.injected = torch.ones(len(self.labels))
 
         first, rest = (list(islice(self.documents(side), PORTION)) for side in (False, True))
@@ -101,8 +103,8 @@ class Atlas(Texts):
 
     def concepts(self, row: dict) -> tuple[int, ...]:
         """The labels' ids of a chunk's concepts, as far as they are among the most frequent."""
-        found = {self.ids[type, concept] for type in TYPES
-                 for concept in row[f"{type}_ids"] or () if (type, concept) in self.ids}
+        found = {self.numbered[type, concept] for type in TYPES
+                 for concept in row[f"{type}_ids"] or () if (type, concept) in self.numbered}
         return tuple(sorted(found))
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:

@@ -227,6 +227,7 @@ class Texts:
         self.labels = with_new(labels, (Label(0, name) for name in sorted(names)))
         self.injected = torch.ones(len(self.labels))
         ids = {label.name: label.id for label in self.labels}
+        self.ids = [ids[name] for name in names]  # of the text's concepts
         documents = [[Chunk(chunk["text"], tuple(sorted({ids[name] for name in chunk["concepts"]})),
                             chunk["messages"]) for chunk in document] for document in read]
         self.tokenizer = tokenizer or Tokenizer.train(
