@@ -125,12 +125,12 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
                       steps: int = 32) -> Tensor:
     """How much each input token adds to the logit of `target` at `position`: (T,), in logits.
 
-    Integrated gradients (Sundararajan et al., arXiv 1703.01365) from an all-mask input: the path
-    from the mask's embedding to each token's is walked in `steps` equal steps, and the gradients at
-    their ends (a right Riemann sum) are averaged, multiplied by (embedding - mask's embedding) and
-    summed over D. The logit is the plain one, hidden . tok_emb[target]. The attributions nearly add
-    up to logit(tokens) - logit(all masks). Positions that are masks get exactly 0. Later blocks get
-    0, too: the position cannot see them, so the passes leave them out.
+    Integrated gradients (Sundararajan et al., arXiv 1703.01365) from an all-mask input. Gradients
+    are taken at mask + (j / steps) (x - mask) for j = 1 to steps, x being the tokens' embeddings
+    and mask that of the mask (a right Riemann sum). Their mean, times (x - mask), is summed over D.
+    The logit is the plain one, hidden . tok_emb[target]. The attributions nearly add up to
+    logit(tokens) - logit(all masks). Positions that are masks get exactly 0. Later blocks get 0,
+    too: the position cannot see them, so they are not passed to the model. Works under no_grad.
 
     Args: tokens (T,), partly masked, as they stood when the target was committed.
     """

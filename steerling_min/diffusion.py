@@ -27,7 +27,7 @@ def corrupt(tokens: Tensor, t: Tensor, mask_token_id: int,
             generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Replace each token by the mask with probability t, independently.
 
-    One uniform number is drawn for each token.
+    One number u ~ U(0, 1) is drawn for each token. Where u < t the token is masked.
     Args: tokens (B, T) int64, not changed; t (B, T) in [0, 1]; t and generator on the CPU. Returns
     the noisy tokens and a bool tensor, True where a token was masked, both (B, T), on the device of
     tokens.
@@ -60,26 +60,28 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
 @torch.no_grad()
 def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = None,
                      samples: int = 16, generator: torch.Generator | None = None) -> Tensor:
-    """An upper bound on -log p of the tokens asked about, given the others: (B,) nats per token
-    asked about.
+    """An upper bound on -log p of the tokens asked about: (B,) nats per token asked about.
 
-    It goes block by block, as text is written: earlier blocks are clean, later ones unseen. Imagine
-    that the n tokens asked about in a block are written one by one, in a random order. When m of
-    them are still masked, the next one costs, on average, the mean of the m cross-entropies. The
-    sum of these means over m = n, ..., 1 is the cost of a whole order. Here only a few m are drawn,
-    so each mean is multiplied by n. That is n/m times the sum of the m cross-entropies.
+    It goes block by block, as text is written: earlier blocks are clean, later ones unseen. So are
+    the tokens of the block itself that are not asked about: clean. Imagine that the n others are
+    written one by one, in a random order. When m of them are still masked, the next one costs, on
+    average, the mean of the m cross-entropies. The sum of these means over m = n, ..., 1 is the
+    cost of a whole order, n times their average over m. So each m that is drawn, with a random m of
+    the n tokens masked, estimates it by n/m times the sum of its cross-entropies. A block's samples
+    are averaged, blocks are added up, and the sum is divided by the row's tokens asked about.
 
     Why is it a bound? The block's probability is the mean over orders, and the mean of -log p is
     never less than -log of the mean p (Jensen). It is a bound for random orders; the sampler,
     surest first, is another distribution. It is the same bound as "1/t" (LLaDA, arXiv 2502.09992,
     equation 6). But it counts the masks instead of drawing t, which gives less variance. The m of a
     block's samples are spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) / samples),
-    with one u ~ U(0, 1) for each row and block.
+    at most n, with one u ~ U(0, 1) for each row. Draws are made block by block, u first, and only
+    where something is asked: a longer text does not change those of its first blocks.
 
-    Logits come from the hidden state: with epsilon, composed = hidden.
-    Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, at least one in each row, the
-    tokens asked about: by default all; samples, the Monte-Carlo draws per block; generator on the
-    CPU. Raises ValueError, naming it, where nothing is asked or drawn.
+    The concept heads are not needed: with epsilon, composed = hidden.
+    Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, by default all; samples, the
+    draws per block; generator on the CPU. Raises ValueError("nothing to score: ...") where a row
+    has no token asked about, or samples < 1; and as `require_tokens` does.
     """
     require_tokens("tokens", tokens, model.config)
     asked = torch.ones(tokens.shape, dtype=torch.bool) if asked is None else asked

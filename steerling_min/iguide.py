@@ -136,8 +136,8 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
 def top_concepts(head: KnownHead | UnknownHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """hidden (B, T, D) -> logits and ids (B, T, k) of the top-k concepts, largest logit first.
 
-    Logits of all concepts are computed for a slice of tokens at a time: as many tokens as fit into
-    LOGITS numbers, but at least one.
+    Logits of all concepts are computed for a slice of the B T tokens at a time: as many tokens as
+    fit into LOGITS numbers, but at least one.
     """
     parts = hidden.flatten(0, 1).split(max(1, LOGITS // head.n_concepts))  # (tokens, D) each
     found = [head.logits(part).topk(head.topk, dim=-1) for part in parts]  # (tokens, k) each

@@ -147,8 +147,9 @@ def most_confident(logits: Tensor, count: int | None, threshold: float | None
     `count` of them; or, when count is None, every one at or above the confidence threshold, at
     least one. Of equals the earliest comes first. Rounding must not decide between equals (without
     a prompt, all masks look alike at first). Let p be the largest confidence. An error of 1e-5 in a
-    logit may change it by 1e-5 p (1 - p). So a confidence that lies less than this below p counts
-    as equal to p. The threshold is compared with the confidences as they are.
+    logit can change p by 1e-5 p (1 - p). So a confidence c counts as equal to p if p - c is less
+    than that. This is for the order only: the threshold is compared with each confidence as it is.
+    If none reaches it, the first in the order is taken.
     Args: logits (m, V), m >= 1. Returns the confidences as they are (n,) and rows of logits (n,).
     """
     confidence = logits.softmax(-1).amax(-1)  # (m,)
@@ -188,10 +189,10 @@ def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
     None is one step per token. The counts add up to `steps` where that is possible. No window is
     empty. Each gets at least one step, and at most as many as it has tokens, so that every step
     commits something. First each gets its share, steps * m / total, rounded down, but at least one.
-    Steps left over go one by one to the window farthest below its share. If the minimum of one made
-    the sum too large, steps are taken back one by one: each time from the window farthest above its
-    share, among those with more than one step. Among equals the earlier window comes first. Whole
-    numbers only: rounding must not decide.
+    Steps left over go one by one to the window where share - steps is largest. If the minimum of
+    one made the sum too large, steps are taken back one by one: each time from the window where
+    share - steps is smallest, among those with more than one step. Among equals the earlier window
+    comes first. Whole numbers only: rounding must not decide.
     """
     total = sum(lengths)
     steps = total if steps is None else max(len(lengths), min(steps, total))

@@ -177,7 +177,8 @@ def test_the_bound_of_one_token_is_its_surprise(small):
     tokens = torch.randint(0, 15, (1, 9), generator=rng(3))
     noisy = torch.cat([tokens[:, :8], torch.tensor([[19]])], dim=1)
     expected = -small(noisy).logits[0, 8].log_softmax(-1)[tokens[0, 8]]
-    close(likelihood_bound(small, tokens, those(tokens, [8]), 1)[0], expected, "n = m = 1, nothing is random")
+    close(likelihood_bound(small, tokens, those(tokens, [8]), 1)[0], expected,
+          "n = m = 1, nothing is random")
 
 
 def test_rows_may_be_asked_about_different_tokens(small):
@@ -193,7 +194,9 @@ def test_later_blocks_do_not_enter_the_bound_of_earlier_ones(small):
     tokens = torch.randint(0, 15, (1, 12), generator=rng(3))
     first = likelihood_bound(small, tokens[:, :4], None, 64, rng())
     assert torch.equal(first, likelihood_bound(
-        small, tokens, those(tokens, range(4)), 64, rng())), "they are unseen"
+        small, tokens, those(tokens, range(4)), 64, rng())), (
+        "the same seed, the same first block, however long the text is: later blocks are unseen, "
+        "and nothing is drawn for them before it")
     both = likelihood_bound(small, tokens[:, :8], None, 64, rng()) * 8
     second = likelihood_bound(small, tokens[:, :8], those(tokens[:, :8], range(4, 8)), 64, rng())
     assert both.item() == pytest.approx(4 * (first + second).item(), abs=0.6)

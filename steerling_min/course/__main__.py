@@ -67,7 +67,7 @@ def start(exercise: Exercise) -> None:
     docstrings = "its docstring and its class's say" if "." in name else "its docstring says"
     print(f"{name} in {file.relative_to(ROOT)}, line {line}, is blank; {docstrings} what it does.\n"
           f"Read: {exercise.read}.\nCheck: python -m steerling_min.course check {exercise.name}\n"
-          "(tests/mutants.py quotes solutions.)\n"
+          "(tests/mutants.py and .course/ quote solutions.)\n"
           f"Give up: python -m steerling_min.course restore {exercise.name}")
 
 

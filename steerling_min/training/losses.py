@@ -56,8 +56,8 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor) -> Tensor:
     The loss is the mean of -log P over the labelled pairs of chunk and concept, plus the mean of
     -log(1 - P) over all other pairs. In a single mean, the many negatives would drown the few
     positives. Both averages are those of all processes, 0 where there is nothing to average
-    (`distributed.mean`). `log_absent` gives log(1 - P), so log P = log(1 - exp(log(1 - P))). It is
-    computed with expm1, because P may be tiny. P is never 0, because logits are within +-15.
+    (`distributed.mean`). `log_absent` gives a = log(1 - P), so log P = log(-expm1(a)): expm1 is
+    exact where P is tiny. P is never 0, because logits are within +-15.
 
     Args: logits (B, T, C), chunks (B, T) as in `log_absent`; labels (N, C) bool. (Labels are
     positive only: False means not labelled, which is taken for absent here.)
@@ -86,13 +86,14 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, known: Tensor) -> Tenso
 
 
 def independence_loss(known: Tensor, unknown: Tensor) -> Tensor:
-    """Keep the unknown head from repeating the known one. The loss is the squared Frobenius norm of
-    K^T U, the cross-covariance of known and unknown features (M, D).
+    """Keep the unknown head from repeating the known one: penalise the cross-covariance of their
+    features (M, D).
 
-    Columns are centred over all M tokens, the masked ones. K^T U is a sum over tokens, not a mean.
-    The sum of the squares of its entries is divided by D^2 (M - 1), or by D^2 if M = 1. Means, M
-    and K^T U are those of all processes. The known side is detached: only the unknown features
-    should move away.
+    K and U are the known and unknown features, less their columns' means over all M masked tokens.
+    The loss is the sum of (K^T U)^2 over its D^2 entries, divided by D^2 max(1, M - 1). (K^T U is a
+    sum over tokens, not a mean.) Three sums go through `total`, so that they are those of all
+    processes: of the columns, of M, and K^T U. The known side is detached: only the unknown
+    features should move away.
     """
     K, U, D = known.detach(), unknown, known.shape[1]
     M = total(K.new_tensor(float(len(K))))
