@@ -177,13 +177,14 @@ def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -
 
 
 def make_optimizer(model: Steerling) -> Muon:
-    """Muon for the matrices inside the blocks, AdamW for the rest; no weight decay on norms.
+    """Muon for the matrices of the blocks and of the unknown head, AdamW for embeddings, the known
+    head and norms; no weight decay on norms.
 
     A model of SMALL parameters or more gets AdamW alone: its matrices are so large that making
     steps orthogonal, in every process, would take as long as the rest of the step, or longer.
     """
     large = sum(p.numel() for p in model.parameters()) >= SMALL
-    inside = set(model.transformer.blocks.parameters())
+    inside = {*model.transformer.blocks.parameters(), *model.unknown_head.parameters()}
     groups: list[dict] = [{"params": [], "orthogonal": orthogonal, "weight_decay": decay}
                           for orthogonal, decay in ((True, 0.1), (False, 0.1), (False, 0.0))]
     for p in model.parameters():

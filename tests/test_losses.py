@@ -135,11 +135,20 @@ def test_alignment_is_the_cross_entropy_of_what_the_embedding_alone_promotes():
     p = [math.exp(sum(embedding[0, d].item() * tok_emb[v, d].item() for d in range(D)) / 2)
          for v in range(V)]
     expected = -0.25 * math.log(p[3] / sum(p)) - 0.75 * math.log(p[5] / sum(p))
-    loss = alignment_loss(embedding, tok_emb, lift)
+    loss = alignment_loss(embedding, tok_emb, lift, length=0.0)
     assert loss.item() == pytest.approx(expected / 2), "the mean over concepts"
     loss.backward()
     assert tok_emb.grad is None, "the vocabulary is to serve the language"
     assert (embedding.grad[0] != 0).all() and (embedding.grad[1] == 0).all()
+
+
+def test_an_embedding_is_no_longer_than_what_it_promotes_takes():
+    embedding, tok_emb = normal(2, D).requires_grad_(), torch.zeros(V, D, dtype=torch.float64)
+    loss = alignment_loss(embedding, tok_emb, torch.zeros(2, V, dtype=torch.float64), length=0.1)
+    assert loss.item() == pytest.approx(0.1 * embedding.square().sum().item() / 2), (
+        "squared lengths, the mean over concepts")
+    loss.backward()
+    close(embedding.grad, 0.1 * embedding, "what serves no token's logit shrinks")
 
 
 # ---- the two devices -----------------------------------------------------------------------------

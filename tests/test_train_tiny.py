@@ -54,17 +54,18 @@ def test_norms_are_not_decayed():
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_matrices_inside_the_blocks_of_a_small_model_take_orthogonal_steps(monkeypatch, small):
+def test_matrices_of_a_small_models_blocks_and_unknown_head_take_orthogonal_steps(monkeypatch, small):
     model = fresh()
     monkeypatch.setattr(train_tiny, "SMALL", 10_000_000 if small else 1_000_000)
     optimizer = train_tiny.make_optimizer(model)
     names = {p: name for name, p in model.named_parameters()}
     found = {names[p] for group in optimizer.param_groups for p in group["params"]
              if group["orthogonal"]}
-    inside = {name for p, name in names.items() if ".blocks." in name and p.dim() == 2}
-    assert len(inside) == 16 and found == (inside if small else set()), (
-        "embeddings and the heads' tables are lists of rows, which AdamW serves better; in a large "
-        "model the steps would cost too much")
+    inside = {name for p, name in names.items() if p.dim() == 2 and (
+        ".blocks." in name or name.startswith("unknown_head."))}
+    assert len(inside) == 20 and found == (inside if small else set()), (
+        "embeddings and the known head are lists of rows, each learnt when its token or concept "
+        "occurs; in a large model the steps would cost too much")
     for p, state in optimizer.state.items():
         assert all(x.count_nonzero() == 0 for x in state.values())
         assert ("exp_avg_sq" in state) == (names[p] not in found), "Muon keeps one moment"

@@ -1,4 +1,4 @@
-"""Muon: AdamW, but matrices inside the blocks take orthogonal steps.
+"""Muon: AdamW, but matrices that are multiplied by every token take orthogonal steps.
 
 A matrix's gradient is a sum of outer products, of which a few are far larger than the rest. A step
 along it moves the matrix in those few directions, again and again. Muon keeps all directions and

@@ -28,7 +28,7 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # nats on held-out text after 5,000 steps. With alignment at 10 known embeddings kept growing. After
 # 10.6 M tokens known features were larger than the hidden state itself. Epsilon, which must cancel
 # the excess, had 29% of the logits.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 1.0, 4.0
+EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 3.0, 4.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (3.0, 14.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
