@@ -13,7 +13,7 @@ size of a step, arXiv 2502.16982. How the 8B was optimized is not published.
 import torch
 from torch import Tensor
 
-from .distributed import RANK, WORLD, parts, total, whole
+from .distributed import RANK, WORLD, parts, totals
 
 MOMENTUM = 0.95
 SIZE = 0.2  # root mean square of a step's numbers, per unit of learning rate: about AdamW's
@@ -42,15 +42,17 @@ class Muon(torch.optim.AdamW):
     def step(self) -> None:  # type: ignore[override]  # no closure
         inside = [(p, group) for group in self.param_groups if group["orthogonal"]
                   for p in group["params"]]
-        ahead = []
-        for p, _ in inside:
+        ahead = [torch.zeros(p.shape, device=p.device) for p, _ in inside]
+        for (p, _), x in zip(inside, ahead):
             mean = self.state[p]["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
-            ahead.append(whole(p.grad.lerp(mean, MOMENTUM)))  # Nesterov's momentum
+            mine, place = parts(p.grad.lerp(mean, MOMENTUM), x)  # Nesterov's momentum
+            place.copy_(mine)
             p.grad = None  # AdamW passes by a parameter without a gradient
-        # each process makes its share of the steps orthogonal; the sum over all has every step
-        steps = [orthogonal(x) if i * WORLD // len(ahead) == RANK else torch.zeros_like(x)
-                 for i, x in enumerate(ahead)]
+        # Zero where another process has the numbers: the sum over all is the whole. Then each
+        # process makes its share of the steps orthogonal, and the sum has every step.
+        steps = totals([orthogonal(x) if i * WORLD // len(ahead) == RANK else torch.zeros_like(x)
+                        for i, x in enumerate(totals(ahead))])
         for (p, group), step in zip(inside, steps):
-            mine, step = parts(p, SIZE * max(p.shape) ** 0.5 * total(step))
+            mine, step = parts(p, SIZE * max(p.shape) ** 0.5 * step)
             mine.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * step)
         super().step()
