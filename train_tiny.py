@@ -177,8 +177,9 @@ def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -
 
 
 def make_optimizer(model: Steerling) -> Muon:
-    """Muon for the matrices of the blocks and of the unknown head, AdamW for embeddings, the known
-    head and norms; no weight decay on norms.
+    """Muon for the matrices of the blocks and of the unknown head; AdamW for embeddings, the known
+    head and norms. Norms are not decayed. (Of embeddings and of the known head a step concerns few
+    rows, those of its tokens and concepts. AdamW gives each row step sizes of its own.)
 
     A model of SMALL parameters or more gets AdamW alone: its matrices are so large that making
     steps orthogonal, in every process, would take as long as the rest of the step, or longer.

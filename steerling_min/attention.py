@@ -63,10 +63,10 @@ class KVCache:
     """Keys and values of all layers, for a sequence whose blocks become final from left to right.
 
     No query sees beyond the end of its own block. So once the tokens of a block and of all blocks
-    before it are final, their keys and values are final, too. A forward pass given a cache runs on
-    the tokens from `length` on, writes their keys and values behind the final ones (over whatever
-    an earlier pass left there) and sees both. The caller, who knows which tokens are final,
-    advances `length`: see `cache.cached_hidden`.
+    before it are final, their keys and values are final, too. With a cache, a forward pass runs on
+    the tokens from `length` on only. It writes their keys and values behind the final ones, over
+    whatever an earlier pass left there. Its queries see the final and the new ones. Only the caller
+    knows which tokens are final, so the caller advances `length`: see `cache.cached_hidden`.
     """
 
     k: Tensor        # (n_layers, B, G, T, d); of one layer, (B, G, T, d)

@@ -140,7 +140,7 @@ def input_attribution(model: Steerling, tokens: Tensor, position: int, target: i
         x = backbone.tok_emb(seen)  # (T', D)
         baseline = backbone.tok_emb.weight[mask].expand_as(x)
         parts = torch.arange(1, steps + 1, device=x.device, dtype=x.dtype) / steps
-        path = baseline + parts[:, None, None] * (x - baseline)  # (steps, T, D)
+        path = baseline + parts[:, None, None] * (x - baseline)  # (steps, T', D)
     gradient = torch.zeros_like(x)
     for points in path.split(8):
         points = points.requires_grad_()

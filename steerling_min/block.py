@@ -25,9 +25,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + ln_1(attn(x)), then x + ln_2(mlp(x)).
 
-    The norms sit on the branches' outputs (`norm_order` "post", as in OLMo 2, arXiv 2501.00656):
-    nothing normalises what a branch reads, and every branch adds a vector of controlled size.
-    This is not the post-norm of the first transformers: the residual stream is never normalised.
+    The norms sit on the outputs of the two branches, attention and MLP (`norm_order` "post", as in
+    OLMo 2, arXiv 2501.00656). What a branch reads is not normalised; what it adds is. This is not
+    the post-norm of the first transformers: there, the sum was normalised, too.
     """
 
     def __init__(self, config: Config):

@@ -11,7 +11,8 @@ contribution of each concept, weight * (embedding . tok_emb[v]), and one of epsi
 
 With epsilon present the sum *is* the hidden state, up to rounding. So plain generation does not
 depend on the concept heads at all: they explain it. Once a concept's weight is edited, epsilon is
-left out, and the heads then determine the logits. (Computed anew, epsilon would undo the edit.)
+left out, and the heads then determine the logits. (If epsilon were computed anew, it would undo the
+edit: the sum would be the hidden state again.)
 """
 
 from dataclasses import dataclass
@@ -120,8 +121,8 @@ def set_weights(ids: Tensor, weights: Tensor, edits: dict[int, float],
     """Set the weights of chosen concepts at chosen positions, whether or not the head selected them
     there.
 
-    At those positions the old weight of an edited concept becomes 0, and for each edit a column is
-    appended that holds the new one; elsewhere that column's weight is 0.
+    At those positions the old weight of an edited concept becomes 0. For each edit a column is
+    appended. It holds the new weight at those positions, and 0 at all others.
 
     Args: ids, weights (B, T, k), left as they are; edits, concept id -> weight; positions (B, T)
     bool. Returns ids and weights of shape (B, T, k + len(edits)).
@@ -188,9 +189,9 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
 
     known, unknown: concept id -> weight, an intervention on either head or both. positions (B, T)
     bool says where it applies; None means everywhere. There, epsilon "drop" leaves epsilon out (it
-    is 0); "keep" keeps the one computed before the edit, so that exactly the edited concepts'
-    contributions change. Positions that are not edited are untouched; without an edit (None or {})
-    epsilon stays everywhere.
+    is 0). With "keep", epsilon stays as it was before the edit: then nothing changes but the edited
+    concepts' contributions. Positions that are not edited are untouched; without an edit (None or
+    {}) epsilon stays everywhere.
 
     Raises ValueError, naming the value and what is supported, for a concept id out of range,
     another word for epsilon, or positions that are not bool or have another shape.

@@ -73,12 +73,12 @@ class Steering:
                 logit_units: bool = False) -> "Steering":
         """Keep a concept out, in two ways at once.
 
-        The direction of the concept and its group is injected with a negative strength, until the
-        text ends. And the logits of the tokens that the concept itself promotes are lowered; the
-        group's are not. Without arguments the strength is UNLEARN and the suppression SUPPRESS, in
-        logits of the most promoted token: that suits any model. A number that is given is raw
-        (alpha, and the factor of relu(tok_emb . embedding)), unless logit_units. The official
-        preset is raw, -7 and 20, and made for the 8B. layer None is n_layers // 2, at least 1.
+        First, the direction of the concept and its group is injected with a negative strength,
+        until the text ends. Second, the logits of the tokens that the concept itself promotes are
+        lowered; the group's are not. The defaults are UNLEARN and SUPPRESS, in logits of the most
+        promoted token: they suit any model. A number that you give is raw: alpha, and the factor of
+        relu(tok_emb . embedding). With logit_units=True it is in logits, too. The official preset
+        is raw, -7 and 20, made for the 8B. layer None is n_layers // 2, at least 1.
         """
         ids = tuple(dict.fromkeys((id, *group)))
         push, lower = ((default if x is None else x, logit_units or x is None)

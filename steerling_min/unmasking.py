@@ -26,7 +26,8 @@ def unmask_plainly(model: Steerling, prompt: Sequence[int], new: int) -> Tensor:
     """Write `new` tokens after a prompt; returns all token ids, (1, T).
 
     Windows of S masks are filled from left to right. Each step asks the model about the whole
-    sequence, and puts the best token where the model is surest.
+    sequence. It finds the position in the window where the likeliest token is surest, and writes
+    that token there.
     """
     config, mask = model.config, model.config.mask_token_id
     never = [mask, config.pad_token_id, config.eos_token_id]  # they are not words

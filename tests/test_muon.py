@@ -1,4 +1,4 @@
-"""Muon: orthogonal steps for the matrices inside the blocks, AdamW for all else."""
+"""Muon: orthogonal steps for the groups that ask for them, AdamW for all else."""
 
 import math
 

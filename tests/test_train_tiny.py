@@ -54,7 +54,7 @@ def test_norms_are_not_decayed():
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_matrices_of_a_small_models_blocks_and_unknown_head_take_orthogonal_steps(monkeypatch, small):
+def test_matrices_of_blocks_and_unknown_head_take_orthogonal_steps_if_small(monkeypatch, small):
     model = fresh()
     monkeypatch.setattr(train_tiny, "SMALL", 10_000_000 if small else 1_000_000)
     optimizer = train_tiny.make_optimizer(model)

@@ -39,8 +39,9 @@ class Total(torch.autograd.Function):
 def total(x: Tensor) -> Tensor:
     """The sum of x over all processes, same shape, in each of them.
 
-    The gradient of a loss that all of N processes compute comes back N times as large, since each
-    sends its own; `shard`'s gradients, which are averages over processes, make that right.
+    All N processes compute the same loss, and each sends its gradient back. `backward` adds them
+    up, so the gradient is N times too large. `shard` then takes the mean over the processes: that
+    divides by N again.
     """
     return Total.apply(x) if dist.is_initialized() else x
 

@@ -2,7 +2,7 @@
 
 The grammar knows the truth, so each number is a share or a ratio with a known best value. Held-out
 stories come from a seed that training never uses; samples are drawn with `generate`'s defaults,
-windows aligned, one token per step, and no repetition penalty (stories repeat names on purpose).
+but windows are aligned, and there is no repetition penalty (stories repeat names on purpose).
 
 The concept layer is judged by its authors' four measures, under their names (`measures.py`).
 What is measured besides has another name.

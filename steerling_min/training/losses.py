@@ -72,9 +72,9 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, known: Tensor) -> Tenso
     the mean square of unknown - (hidden - known), all (M, D), over D and the tokens of all
     processes.
 
-    The unknown head is to supply what the known side leaves over, at the M masked positions: only
-    there does anything become a token. The target sends no gradient. Neither it nor the known
-    concepts' embeddings may move toward what the unknown head already supplies.
+    Only the M masked positions count, since only they become tokens. The target, hidden - known, is
+    detached. Otherwise the hidden state or the known embeddings could move toward what the unknown
+    head already supplies.
 
     known: what stands on the known side of `compose`, the labels' features first and later the
     predicted ones. (The official target is said to be hidden - labelled to the end. A chunk has
@@ -129,12 +129,12 @@ def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor, temperature
     Chunks have labels, tokens do not. From the other losses alone, an embedding could just as well
     learn to promote the words beside its own word, or whatever else stands in such chunks. So the
     tokens' distribution under the embedding alone, softmax(tok_emb . embedding / temperature), is
-    compared with the lift's weights. A concept's weight is at most 1, so its embedding limits what
-    it can give. At temperature 1 the concepts of words stopped at 7 logits, while a token that the
-    model is sure of has 18. At temperature 2 they go to twice as much. Without the second term,
-    embeddings grew to 2 to 3 times the length that their logits need (cosine with the word's own
-    embedding: 0.4, not 0.8). The unknown head then had to take the surplus away again. This loss is
-    ours, the official ones have none of the kind. tok_emb gets no gradient.
+    compared with the lift's weights. A concept's weight is at most 1, so a short embedding cannot
+    give many logits. At temperature 1 a word's concept stopped at 7 logits, while a token that the
+    model is sure of has 18. At temperature 2 it gives twice as much. Without a price on length,
+    embeddings grew to 2 to 3 times what their logits need (cosine with their word's embedding: 0.4,
+    not 0.8), and the unknown head had to take the rest away again. This loss is ours, the official
+    ones have none of the kind. tok_emb gets no gradient.
 
     Args: embedding (C, D); tok_emb (V, D); lift (C, V), as `lift_weights` gives it.
     """

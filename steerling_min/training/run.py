@@ -4,8 +4,8 @@ The folder holds a model that loads, from before the first step on and after eve
 it what the run needs to go on:
 
     run.json              what the model is trained on, and how: options and the data's fingerprint
-    training.safetensors  how far it is: the weights and AdamW's two moments of each; as metadata
-                          the step, the seconds and the curve so far
+    training.safetensors  how far it is: the weights and the optimizer's moments of each; as
+                          metadata the step, the seconds and the curve so far
     run.lock              locked while a process trains here, so that no second one does
 
 Every file appears whole or not at all. A run that was killed ends as an uninterrupted one would.
@@ -251,7 +251,7 @@ class Run:
 
 
 def tensors_of(model: Steerling, optimizer: AdamW) -> dict[str, Tensor]:
-    """A state's tensors by name, not copied: weights, and what AdamW keeps of each."""
+    """A state's tensors by name, not copied: weights, and what the optimizer keeps of each."""
     return {f"{part}.{name}": x for name, p in model.named_parameters()  # a tied one comes once
             for part, x in {"weights": p.detach(), **optimizer.state[p]}.items()}
 
