@@ -89,6 +89,12 @@ def test_a_line_has_88_columns_and_not_one_more(drawn):
     assert (lines["a"], lines["b" * 87], lines["c"], lines["d" * 87]) == (1, 1, 2, 2)
 
 
+def test_a_line_that_is_wrapped_begins_with_no_space(drawn):
+    svg = drawn([("b" * 87, 0, "tone"), (" c", 0, "tone"), ("d", 0, "tone")], "a")
+    x = {x.text.strip(): (x.text, float(x.get("x"))) for x in svg.iter(SVG + "text")}
+    assert x["c"] == ("c", 0.0) and 0 < x["d"][1] <= module.WIDTH
+
+
 def test_what_is_explained_is_the_first_text_under_its_steering(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "explain", lambda *args: asked.append(args) or {"tokens": []})

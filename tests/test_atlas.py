@@ -206,6 +206,9 @@ def test_each_chunk_counts_in_how_frequent_a_concept_is(tmp_path):
     """Concept 7 is in many chunks of one batch, 8 in one chunk of every batch."""
     rows = [row(d, 0, content=[8] if d % 1000 == 0 else [7] * (d < 500)) for d in range(3000)]
     assert atlas.most_frequent([shard(tmp_path, rows, size=1000)], 1) == [("content", 7)]
+    rows = [row(0, i, content=[9, 7, 8]) for i in range(3)]
+    assert atlas.most_frequent([shard(tmp_path, rows)], 2) == [("content", 7), ("content", 8)], (
+        "of equally frequent ones those with the smaller ids, in whatever order they come")
 
 
 def test_the_documents_to_learn_from_must_fill_a_window_too(tmp_path):

@@ -88,6 +88,20 @@ def test_a_handout_is_one_commit_with_the_functions_blank(handed_out):
         assert blank == (e.name in FEW), e.name
     for name in TEACHERS:
         assert (REPOSITORY / name).exists() and not (handed_out / name).exists()
+    for name in ("tests/mutants.py", "tests/mistakes.json", ".ci"):
+        assert not (handed_out / name).exists(), f"{name} quotes solutions, or is not for students"
+
+
+def test_a_handout_has_the_exercises_that_are_named_in_it_wherever_it_is_run(handed_out, tmp_path):
+    course_files = handed_out / "steerling_min" / "course"
+    for name in ("exercises.py", "exercises.json"):
+        shutil.copy(course_files / name, tmp_path / name)
+    for names in (["decompose"], ["norm", "mask"]):  # compose is another exercise
+        (tmp_path / "handed_out.txt").write_text("\n".join(names))
+        found = subprocess.run([sys.executable, "-c", "import runpy, sys; print(*runpy.run_path("
+                                "sys.argv[1])['EXERCISES'])", str(tmp_path / "exercises.py")],
+                               capture_output=True, text=True, check=True, cwd=REPOSITORY)
+        assert found.stdout.split() == names
 
 
 def test_the_same_exercises_give_the_same_handout_byte_for_byte(

@@ -35,6 +35,15 @@ def test_a_file_that_is_wrong_leaves_the_output_as_it_is():
 
 
 @POSIX
+@pytest.mark.parametrize("body, kind", [("{}['x']", "KeyError"), ("[][1]", "IndexError"),
+                                        ("1 / 0", "ZeroDivisionError"), ("None.x", "AttributeE")])
+def test_a_bug_keeps_its_traceback(body, kind):
+    found = shell(body, '"$P" -c "$CODE"')
+    assert found.returncode == 1 and "Traceback" in found.stderr and kind in found.stderr, (
+        "one line is for what a user can put right")
+
+
+@POSIX
 def test_a_reader_that_has_had_enough_ends_it_silently():
     found = shell("for i in range(10**5): print(i)", '"$P" -c "$CODE" | head -n 1; '
                   'echo "${PIPESTATUS[0]}"')

@@ -8,7 +8,8 @@ import pytest
 from conftest import CONFIG, GOLDEN, OFFICIAL
 
 from steerling_min import Config
-from steerling_min.files.config_json import FIXED, config_from_dict, config_to_dict, read_config
+from steerling_min.files.config_json import (FIXED, GENERATION, config_from_dict, config_to_dict,
+                                                read_config, read_generation)
 
 HUB = {  # the 8B, flat, with keys that only the official code has a use for
     "architectures": ["SteerlingForCausalLM"], "auto_map": {"AutoConfig": "configuration.Config"},
@@ -110,6 +111,13 @@ def test_another_architecture_is_refused_by_name(layout, name, tmp_path):
 
 def test_every_switch_has_a_refused_value():
     assert FIXED.keys() <= UNSUPPORTED.keys(), "add the new switch to UNSUPPORTED"
+
+
+def test_a_folder_may_ask_for_0_and_for_false(tmp_path):
+    asked = {"temperature": 0, "allow_eos": False, "top_p": None, "other": 3}
+    (tmp_path / GENERATION).write_text(json.dumps(asked))
+    assert read_generation(tmp_path, Config.tiny()) == {
+        "temperature": 0, "allow_eos": False}, "null and what is not known is ignored"
 
 
 @pytest.mark.parametrize("name", ["n_layers", "n_head", "n_embd", "block_size", "diff_block_size",

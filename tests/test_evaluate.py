@@ -69,6 +69,8 @@ def test_the_held_out_loss_is_that_of_hidden_tokens():
     model = SimpleNamespace(config=CONFIG, device=torch.device("cpu"), transformer=Copies())
     batch = Batch(torch.randint(0, 15, (4, 64)), torch.zeros(4, 64).long(), torch.tensor([[0]]))
     assert held_out_loss(model, batch) == pytest.approx(20, abs=1e-4), "at masks, and only there"
+    read_only = batch._replace(learnt=torch.zeros(4, 64, dtype=torch.bool))
+    assert held_out_loss(model, read_only) == 0, "what is only read is never masked"
     torch.manual_seed(0)
     model = Steerling(CONFIG)
     assert held_out_loss(model, batch) == held_out_loss(model, batch), "the same noise every time"

@@ -8,7 +8,8 @@ from steerling_min import load
 from steerling_min.attribution import present
 from steerling_min.files.labels import Labels
 from steerling_min.training.data import endless_stories
-from steerling_min.views.resemblance import print_resemblances, resemblances, texts_of_world
+from steerling_min.views.resemblance import (print_resemblances, resemblances, texts_of_file,
+                                             texts_of_world)
 
 CORPUS = ["The old sailor", "A dog named Biscuit", "The old sailor and a dog"]
 
@@ -41,6 +42,13 @@ def test_the_corpus_is_what_the_bundled_model_was_trained_on_first():
     stories = [story for step in (0, 1) for story in islice(endless_stories(f"0 {step}"), 8)]
     assert texts == [chunk.text for story in stories for chunk in story], (
         "eight stories of each step of train_tiny.py with seed 0")
+
+
+def test_a_plain_texts_chunks_are_its_paragraphs(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n\n\n\nTwo,\nstill two.\n\n \n\nThree.\n\n")
+    assert texts_of_file(tmp_path / "a.txt") == ["One.", "Two,\nstill two.", "Three.\n"] or (
+        texts_of_file(tmp_path / "a.txt") == ["One.", "Two,\nstill two.", "Three."]), (
+        "none of them is empty: nothing resembles nothing")
 
 
 def test_shared_concepts_are_named(found, capsys):

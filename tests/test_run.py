@@ -234,6 +234,7 @@ def test_steps_and_minutes_take_each_others_place(run, tmp_path):
 @pytest.mark.parametrize("other, message", [
     (["--seed", 1], "has seed = 0, not 1"), (["--size", "small"], "has size = tiny, not small"),
     (["--lr", 0.001, "--batch", 2], "has batch = 4, not 2; lr = 0.006, not 0.001"),
+    (["--dtype", "bfloat16"], "has dtype = float32, not bfloat16"),
     (["--without", "dropout"], "has without = [], not ['dropout']")])
 def test_another_run_is_refused_by_what_is_other(run, other, message):
     run("--steps", 5)

@@ -16,8 +16,9 @@ import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
 import sample
-from steerling_min import Config, Steerling, Tokenizer, load
+from steerling_min import Config, Steering, Steerling, Tokenizer, load
 from steerling_min.attribution import promoted
+from steerling_min.files.labels import Label, Labels
 from steerling_min.files.loading import TINY
 from steerling_min.unmasking import Step
 
@@ -203,6 +204,14 @@ def test_steering_by_name_or_number_changes_the_text(run):
     gentle = run("--seed", 1, "--steer", "space=8", "--steer", "castle=-7", "--suppression", 0,
                  model=None, new=40).out
     assert parts(gentle)[1] != parts(both)[1], "its promoted tokens are not lowered then"
+
+
+def test_strengths_are_in_logits_on_both_sides_of_0():
+    names = Labels([Label(0, "sea"), Label(1, "snow")], 2, 6)
+    toward, away = (sample.steering_of([words], names, 3.0) for words in ("sea=4", "snow=-4"))
+    assert toward == Steering.amplify(0, 4.0)
+    assert away == Steering.unlearn(1, (), -4.0, 3.0, logit_units=True), (
+        "raw numbers are made for the 8B's embeddings")
 
 
 def test_a_group_is_steered_along_one_direction(run):

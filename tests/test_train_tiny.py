@@ -286,6 +286,13 @@ def test_minutes_end_a_run_too(run, tmp_path):
     assert time.monotonic() - began < 60 and (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_minutes_stand_in_place_of_steps(monkeypatch):
+    for words, steps in (([], train_tiny.STEPS), (["--minutes", "9"], None),
+                         (["--minutes", "9", "--steps", "7"], 7)):
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", *words])
+        assert train_tiny.parse_args().steps == steps, words
+
+
 def test_parts_can_be_left_out(run):
     out = run("--steps", 5, "--without", "presence", "independence")
     assert "presence" not in out and "independence" not in out and "reconstruction" in out
