@@ -181,8 +181,8 @@ def make_optimizer(model: Steerling) -> Muon:
     head and norms. Norms are not decayed. (Of embeddings and of the known head a step concerns few
     rows, those of its tokens and concepts. AdamW gives each row step sizes of its own.)
 
-    A model of SMALL parameters or more gets AdamW alone: its matrices are so large that making
-    steps orthogonal, in every process, would take as long as the rest of the step, or longer.
+    A model of SMALL parameters or more gets AdamW alone: with matrices so large, making the steps
+    orthogonal would take as long as all the rest, or longer.
     """
     large = sum(p.numel() for p in model.parameters()) >= SMALL
     inside = {*model.transformer.blocks.parameters(), *model.unknown_head.parameters()}

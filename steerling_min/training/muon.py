@@ -21,10 +21,12 @@ SIZE = 0.2  # root mean square of a step's numbers, per unit of learning rate: a
 
 def orthogonal(x: Tensor) -> Tensor:
     """About U V^T for x = U S V^T, (m, n): singular values that were not tiny come out as 0.7 to
-    1.2.
+    1.2, those that were 0 stay 0.
 
-    Five times, each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5 (Newton-Schulz).
-    On the whole matrix that needs no decomposition, only products.
+    x is divided by its norm (the root of the sum of squares), so that no singular value is above 1.
+    Then, five times, each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5
+    (Newton-Schulz). No decomposition is needed for that, only products: s^3 is x x^T x, s^5 is
+    (x x^T)^2 x. The square x x^T is the smaller one: a matrix with m > n is transposed before.
     """
     if len(x) > x.shape[1]:
         return orthogonal(x.T).T
@@ -36,7 +38,13 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, and orthogonal steps for the groups of matrices that have "orthogonal": True."""
+    """AdamW, and orthogonal steps for the groups of matrices that have "orthogonal": True.
+
+    With the gradient g, such a matrix (m, n) takes the step
+
+        mean = 0.95 mean + 0.05 g
+        p    = (1 - lr decay) p - lr 0.2 sqrt(max(m, n)) orthogonal(0.05 g + 0.95 mean)
+    """
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # no closure
