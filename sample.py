@@ -78,9 +78,9 @@ def parser() -> Parser:
         help="by name or number, several times; above 0: bring it out, so many logits strong (8 is "
         "usual); below 0: keep it out (-4). A group, by its name or as A+B, is steered along the "
         "sum of its directions")
-    add("--suppression", type=float, default=SUPPRESS, metavar="X", help="how many logits --steer "
-        "below 0 also takes off the token that the concept, of a group the first one, promotes "
-        f"most, and off others in proportion (default: {SUPPRESS:g})")
+    add("--suppression", type=float, default=SUPPRESS, metavar="X", help="for --steer below 0: the "
+        "logits also taken off the token that the concept promotes most, and off other tokens in "
+        f"proportion. Of a group the first concept counts (default: {SUPPRESS:g})")
     add("--explain", action="store_true", help="what each token is due to")
     add("--find", metavar="WORDS", help="write nothing; search the known concepts: by their "
         "labels, else by a token that they promote; or a number")
@@ -164,7 +164,10 @@ def complete(args: argparse.Namespace, model: Steerling, L: int) -> None:
 
 
 def labels_for(args: argparse.Namespace, model: Steerling) -> Labels:
-    """The concepts' names; none for a plain text, which needs none, nor what reading them takes."""
+    """Load the concepts' names, if an option needs them or --labels gives a file.
+
+    Otherwise no label file is read, so that plain text needs neither the file nor its reader.
+    """
     showing = any(getattr(args, flag) for flag in SHOWING)
     file = args.labels
     if file is None and (showing or args.steer or args.find is not None):
@@ -248,8 +251,11 @@ def print_concept(model: Steerling, tokenizer: Tokenizer, labels: Labels, label:
 @torch.no_grad()
 def promoting(model: Steerling, tokenizer: Tokenizer, query: str, heads: Iterable[str]
               ) -> list[tuple[int, str]]:
-    """Concepts, each with its head, that have a word of the query among the 8 tokens that they
-    promote most; the strongest first."""
+    """Find concepts that have a word of the query among the 8 tokens that they promote most.
+
+    Returns at most MOST pairs of concept and head; those that promote a word most strongly come
+    first. Words that are more than one token are skipped.
+    """
     forms = {form for word in query.split() for form in (word, word.lower(), word.capitalize())}
     tokens = [ids[0] for ids in map(tokenizer.encode, sorted(forms | {" " + x for x in forms}))
               if len(ids) == 1]
@@ -338,9 +344,10 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
 
 def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace
            ) -> tuple[list[Step], list[int]]:
-    """A run's steps, and how many tokens each wrote. An interrupted one prints its text so far.
+    """Go through a run; return its steps, and how many tokens each wrote.
 
-    Without anything to explain only the last step is kept: the others may be gigabytes.
+    If no explanation is asked for, only the last step is kept: all of them may take gigabytes. If
+    Ctrl-C interrupts the run, its texts so far are printed.
     """
     steps: list[Step] = []
     counts = []

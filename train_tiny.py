@@ -8,14 +8,16 @@
     python train_tiny.py --resume --out runs/mine           # go on after Ctrl-C, or for longer
     torchrun --nproc-per-node 2 train_tiny.py               # on several GPUs, or CPU processes
 
-One step: cut windows from a stream of stories, let every diffusion block draw a noise level t, turn
-each of its tokens into <|mask|> with probability t, predict the originals with the block-causal
-model; the token loss is taken at the masked positions only. The model reads this one noisy
-sequence: a block is predicted from earlier blocks that are noisy too (Block Diffusion puts a clean
-copy beside it, which costs about twice as much). When text is written, earlier blocks are clean.
+A step cuts windows from a stream of stories. Every diffusion block draws a noise level t, and each
+of its tokens becomes <|mask|> with probability t. The block-causal model predicts the originals.
+The token loss is taken at the masked positions only.
 
-The concept layer learns at the same time; `steerling_min/training/losses.py` says what, and why,
-and `steerling_min/training/objective.py` puts a step together.
+The model reads this one noisy sequence. So a block is predicted from earlier blocks that are noisy,
+too. When text is written, earlier blocks are clean. (Block Diffusion puts a clean copy beside the
+noisy sequence, which costs about twice as much.)
+
+The concept layer learns at the same time. `steerling_min/training/losses.py` says what it learns,
+and why. `steerling_min/training/objective.py` puts a step together.
 """
 
 import dataclasses
@@ -65,10 +67,10 @@ EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embedding
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 TEXT_DROPOUT = 0.1   # the same for --text, which takes longer to learn than the tiny world
-# How much of their gradient the concepts' logits pass on to the backbone. With all of it, a model
-# of a text learns no language, and then no concepts either. Tiny Shakespeare was cut into 15 parts,
-# each a concept: 3,500 steps ended at 2.25 nats per character and AUC 0.55; with a tenth of the
-# gradient, at 1.79 and 0.79.
+# The share of their gradient that the concepts' logits pass on to the backbone. If all of it passes
+# on, a model of a text learns no language, and then no concepts either. Example: Tiny Shakespeare,
+# cut into 15 parts, each part a concept, after 3,500 steps. With all of the gradient it ended at
+# 2.25 nats per character and AUC 0.55; with a tenth, at 1.79 and 0.79.
 PULL, TEXT_PULL = 1.0, 0.1
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
@@ -164,10 +166,12 @@ def fill(model: Steerling, device: torch.device, weight: Callable) -> Steerling:
 
 @torch.no_grad()
 def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -> None:
-    """Point the first embedding of each new concept at the tokens that the concept lifts. New are
-    those after the first n. Their length is the mean length of those n embeddings, or CONCEPT_NORM
-    if n is 0. The rows of lift (P, V) belong to the concepts in spoken (P,). A concept that lifts
-    nothing keeps its embedding."""
+    """Point the embedding of each new concept at the tokens that the concept lifts.
+
+    The first n concepts are old; their embeddings stay. A new embedding gets the mean length of the
+    old ones, or CONCEPT_NORM if n is 0. The rows of lift (P, V) belong to the concepts in spoken
+    (P,). A concept that lifts nothing keeps its embedding.
+    """
     directions = lift @ whole(model.transformer.tok_emb.weight)  # (P, D)
     given = directions.any(1) & (spoken >= n)
     embedding = whole(model.known_head.concept_embedding.weight).clone()
@@ -177,12 +181,13 @@ def start_concepts(model: Steerling, lift: Tensor, spoken: Tensor, n: int = 0) -
 
 
 def make_optimizer(model: Steerling) -> Muon:
-    """Muon for the matrices of the blocks and of the unknown head; AdamW for embeddings, the known
-    head and norms. Norms are not decayed. (Of embeddings and of the known head a step concerns few
-    rows, those of its tokens and concepts. AdamW gives each row step sizes of its own.)
+    """Make the optimizer: Muon for the matrices of the blocks and of the unknown head, AdamW for
+    the embeddings, the known head and the norms. Norms have no weight decay.
 
-    A model of SMALL parameters or more gets AdamW alone: with matrices so large, making the steps
-    orthogonal would take as long as all the rest, or longer.
+    Why AdamW: a step concerns few rows of the embeddings and of the known head, those of its tokens
+    and concepts. AdamW gives each row step sizes of its own. A model of SMALL parameters or more
+    gets AdamW alone. Its matrices are so large that making Muon's steps orthogonal would take as
+    long as all the rest, or longer.
     """
     large = sum(p.numel() for p in model.parameters()) >= SMALL
     inside = {*model.transformer.blocks.parameters(), *model.unknown_head.parameters()}
@@ -254,7 +259,8 @@ def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Na
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if args.compile:
             block.compile()
-    if WORLD > 1:  # all blocks of a small model come together: a message for each takes more time
+    # The blocks of a small model are sharded as one: a message for each would take more time.
+    if WORLD > 1:
         small = sum(p.numel() for p in model.parameters()) < SMALL
         shard(objective, [] if small else model.transformer.blocks, getattr(torch, args.dtype),
               device)
@@ -327,7 +333,7 @@ def parse_args() -> Namespace:
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
-    p.add_argument("--batch", type=int, default=8, help="windows of a step, of all processes")
+    p.add_argument("--batch", type=int, default=8, help="windows per step, over all processes")
     p.add_argument("--lr", type=float, default=6e-3,
                    help="peak learning rate (default: 0.006; larger models want less)")
     p.add_argument("--seed", type=int, default=0, help="of weights, stories and noise")
@@ -344,15 +350,15 @@ def parse_args() -> Namespace:
     p.add_argument("--concepts", type=Path, metavar="FILE",
                    help="names of the concepts in --text shard.parquet (FineWeb Atlas)")
     p.add_argument("--top", type=int, default=64, metavar="N",
-                   help="how many of its concepts, the most frequent of each type (default: 64)")
+                   help="learn the N most frequent of its concepts of each type (default: 64)")
     p.add_argument("--vocab", type=int, metavar="N",
                    help=f"tokens that are learnt from --text, at most (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
     p.add_argument("--resume", action="store_true",
-                   help="go on with the run in --out, by its own options; more --steps or "
-                        "--minutes (in all) make it longer: its schedules go on as if it had been "
-                        "planned like that")
+                   help="go on with the run in --out, with its own options. A larger total in "
+                        "--steps or --minutes makes it longer: its schedules then go on as if that "
+                        "had been planned from the start")
     p.add_argument("--device", default="auto", help="auto (cuda, else cpu) or a name")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
@@ -467,8 +473,10 @@ def run(args: Namespace, this: Run) -> None:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
         more = "" if this.stopped() else ", with more --steps or --minutes"
         print(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}", flush=True)
-    if WORLD > 1:  # what shards the model lives on in reference cycles, and keeps threads running
-        gc.collect()  # that abort a process which ends before them
+    # The objects that shard the model survive in reference cycles, and their threads keep running.
+    # Such a thread aborts a process that ends before it does. So collect the objects first.
+    if WORLD > 1:
+        gc.collect()
         dist.destroy_process_group()
     if this.stopped():
         sys.exit(128 + this.stopped())

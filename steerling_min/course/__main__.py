@@ -7,9 +7,9 @@
     python -m steerling_min.course restore mask      # put it back; your attempt is kept
     python -m steerling_min.course show pre-norm     # what a modification asks for
 
-`start` keeps the file as it is in the folder .course, and `restore` keeps your attempt there. The
-course imports nothing that it blanks: it works while an attempt is no Python. For teachers there
-are `handout` and `grade`, in classroom.py.
+`start` saves a copy of the whole file in the folder .course; `restore` saves your attempt there.
+The course imports no file that it blanks. So it works even while an attempt is not valid Python.
+For teachers there are `handout` and `grade`, in classroom.py.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def kept(exercise: Exercise) -> Path:
 
 
 def state(exercise: Exercise) -> str:
-    """blank, started, nothing, or what keeps its file from being read."""
+    """Return "blank", "started", "" (neither), or the error that keeps its file from being read."""
     try:
         now = cut(exercise, read(file_of(exercise, ROOT)))
     except (ValueError, SyntaxError, OSError) as error:

@@ -33,8 +33,8 @@ from xml.etree import ElementTree
 from .exercises import EXERCISES, HANDED_OUT, Exercise
 from .functions import blanked, exchanged, file_of, find, read, write
 
-# What a handout leaves out: what quotes solutions, what grades, and what only looks after this
-# repository. The official package's numbers stay: the tests of exercises read them.
+# A handout lacks these files: they quote solutions, grade submissions, or only look after this
+# repository. The numbers of the official package stay, because tests of exercises read them.
 TEACHERS = [".ci", "tests/mutants.py", "tests/mistakes.json", "tests/test_course.py",
             "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
@@ -89,7 +89,10 @@ def readme(chosen: list[Exercise], ours: str) -> str:
 
 
 def workflow(names: list[str]) -> str:
-    """classroom.yml: every second of its parts stands there once for each exercise."""
+    """Fill in the template classroom.yml for these exercises.
+
+    Marker comments cut the template into parts. Every second part is repeated for each exercise.
+    """
     parts = read(Path(__file__).with_name("classroom.yml")).split("# for each exercise\n")
     parts[1::2] = ["".join(part.replace("NAME", name).replace("UPPER", name.upper())
                            for name in names) for part in parts[1::2]]
@@ -111,7 +114,11 @@ def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float)
 
 
 def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
-    """One function's mark: passed is what passes every test that the original passes."""
+    """Mark one exercise of one submission: a row with passed, reason, failed tests and seconds.
+
+    The function passes if it passes every test that the original function passes. `right` holds
+    what `run` returned for the original. Raises ValueError if the original passes no test.
+    """
     expected, why, _ = right.result()
     must = [test for test, line in expected.items() if not line]
     if not must:
@@ -142,7 +149,8 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
               function: str) -> tuple[dict[str, str], str, float]:
     """Run an exercise's tests on a copy of the repository with this function in its place.
 
-    Returns what each test says, nothing if it passed; why there is no such thing; and seconds.
+    Returns {test: its first line of complaint, or "" if it passed}; the reason why there is no
+    report, or "" if there is one; and the seconds that it took.
     """
     began, outcomes, nowhere = time.monotonic(), {}, subprocess.DEVNULL
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -204,7 +212,7 @@ def add_commands(commands, root: Path) -> None:
     p = commands.add_parser("grade", help="For teachers: marks for submissions.")
     p.add_argument("folders", type=Path, nargs="+", help="a submission each")
     p.add_argument("--exercises", dest="names", nargs="+", type=exercise, metavar="NAME",
-                   help="instead of what these folders say was handed out")
+                   help="grade these exercises, whatever the folders say was handed out")
     p.add_argument("--seconds", type=float, default=60, help="for an exercise's tests (60)")
     p.add_argument("--json", type=Path, metavar="FILE")
     p.add_argument("--csv", type=Path, metavar="FILE")

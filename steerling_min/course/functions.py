@@ -25,9 +25,9 @@ def write(file: Path, text: str) -> None:
 
 
 def find(exercise: Exercise, text: str) -> ast.FunctionDef:
-    """The function in its file's text: of several, the last, as Python takes it.
+    """Find the function in its file's text. Of several with its name the last counts, as in Python.
 
-    Raises ValueError when it is not there, and SyntaxError when the text is no Python.
+    Raises ValueError when there is none, and SyntaxError when the text is not valid Python.
     """
     file, function = exercise.where.split()
     found: list = [ast.parse(text, file)]

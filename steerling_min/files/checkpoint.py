@@ -1,7 +1,7 @@
 """Checkpoints: check every tensor of a folder against the model, then read; save atomically.
 
-A folder holds config.json and either model.safetensors or shards with an index. Everything that
-can be wrong is looked for in the files' headers, before the first weight is read.
+A folder holds config.json and either model.safetensors or shards with an index. Names, shapes and
+dtypes stand in the files' headers. They are checked before the first weight is read.
 """
 
 import json
@@ -24,7 +24,8 @@ from .quantize import quantize, quantize_rows
 from .writing import replacing
 
 INDEX = "model.safetensors.index.json"
-SHARD = 5 * 2**30  # bytes of a file of a checkpoint that is written, at most (or one large tensor)
+# The most bytes that a file of a written checkpoint holds. A single larger tensor may exceed this.
+SHARD = 5 * 2**30
 TOK_EMB, LM_HEAD = "transformer.tok_emb.weight", "transformer.lm_head.weight"  # one matrix, tied
 
 
@@ -69,10 +70,11 @@ def read_header(file: Path) -> dict[str, dict]:
 
 
 def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
-    """Where each of the model's tensors is stored: {name: file}.
+    """Find the file that stores each of the model's tensors: {name: file}. Reads only headers.
 
-    Raises ValueError naming a tensor that is missing, unexpected, stored twice, of the wrong shape
-    or not floating point. Of the tied pair either may be stored, or both.
+    tok_emb and lm_head are one matrix: a checkpoint may store it under either name, or under both.
+    Raises ValueError, with the tensor's name, when a tensor is missing, unexpected, stored twice,
+    of the wrong shape or not floating point.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, Path] = {}
@@ -146,8 +148,8 @@ def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: to
                  int8: bool = False) -> None:
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
 
-    The files are memory-mapped: on the CPU, in the stored dtype, the parameters *are* the mapped
-    file, so that nothing is copied and a page is read when it is first used. With int8 a matrix is
+    The files are memory-mapped. On the CPU, in the stored dtype, the parameters *are* the mapped
+    file: nothing is copied, and a page is read when it is first used. With int8 each matrix is
     quantized as soon as it is read.
     """
     found = match_tensors(model, weight_files(folder))
@@ -205,16 +207,21 @@ def parts_of(model: Steerling) -> list[list[str]]:
 
 
 def save_tensors(model: Steerling, tensors: Iterator[Tensor], folder: Path) -> None:
-    """Write `tensors`, a model's parameters in their order (a tied one comes once), and its
-    config.json: as model.safetensors or, if it is larger than SHARD, in several files with an
-    index, of which one at a time is in memory."""
+    """Write a model's config.json, and `tensors` as its weights.
+
+    `tensors` are the model's parameters, in their order; the tied matrix comes once. They become
+    model.safetensors. If they take more than SHARD bytes, they become several files and an index;
+    only one file's tensors are in memory at a time. Raises ValueError when one file would be
+    written into a folder that holds a sharded checkpoint.
+    """
     parts = parts_of(model)
     if len(parts) == 1 and (folder / INDEX).exists():
         raise ValueError(f"{folder} holds a sharded checkpoint ({INDEX}); save to another folder")
     files = ["model.safetensors"] if len(parts) == 1 else [
         f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:  # all take their places when all are written, the weights first
+    # No file takes its place before all are written. Then the weights do so first.
+    with ExitStack() as stack:
         config = stack.enter_context(replacing(folder / "config.json"))
         config.write_text(json.dumps(config_to_dict(model.config), indent=2) + "\n")
         if len(parts) > 1:

@@ -1,4 +1,4 @@
-"""What the commands share: one line for what a user can put right, and text that stays one line."""
+"""What the commands share: errors that a user can put right are printed as one line of text."""
 
 import argparse
 import os
@@ -24,8 +24,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: str, most: int = 80) -> str:
-    """Text from outside, a name say, for a part of a line: whatever would break the line or steer
-    the terminal is written as an escape (\\n, \\x1b), and what is longer than `most` is cut."""
+    """Make text from outside, such as a name, safe to print as part of one line.
+
+    Characters that would break the line or steer the terminal become escapes (\\n, \\x1b). Of a
+    text with more than `most` characters the first `most` are shown, then "...".
+    """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode()
                     for c in text[:most])
     return shown + "..." * (len(text) > most)
@@ -33,12 +36,12 @@ def printable(text: str, most: int = 80) -> str:
 
 @contextmanager
 def one_line_errors(prog: str, memory: str) -> Iterator[None]:
-    """End the program with one line and status 2 for what the user can put right.
+    """End the program with one line and status 2 when the user can put the error right.
 
-    These are wrong values, files and missing extras, an exercise of the course that is still
-    blank, and memory that ran out: `memory` says what needs less of it. A bug keeps its traceback.
-    Ctrl-C ends with status 130, and a reader that has had enough (`| head`) with 141, as a process
-    that SIGPIPE ends.
+    Such errors are: wrong values, wrong files, missing extras, an exercise of the course that is
+    still blank, and too little memory (`memory` says what needs less). A bug keeps its traceback.
+    Ctrl-C ends the program with status 130. If the reader of its output goes away (`| head`), it
+    ends with 141, the status of a process that SIGPIPE ends.
     """
     def nowhere():
         return open(os.devnull, "w", encoding="utf-8")

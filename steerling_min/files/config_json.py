@@ -41,8 +41,11 @@ WRITING = ("max_new_tokens", "temperature", "top_p", "repetition_penalty", "allo
 
 
 def read_json(file: Path) -> dict:
-    """The JSON object in a file. Raises ValueError, naming the file, for anything else, and for a
-    key that stands in an object twice: readers differ in which of the two they believe."""
+    """Read the JSON object in a file.
+
+    Raises ValueError, naming the file, when it holds anything else, or when an object has a key
+    twice. Programs differ in which of the two values they would use.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -105,8 +108,11 @@ def read_config(file: Path) -> Config:
 
 
 def read_generation(folder: Path, config: Config) -> dict:
-    """The options in WRITING that a model's folder asks for. Other keys of the hub's
-    generation_config.json, and null, are ignored. Raises ValueError, naming file, key and value.
+    """Read a model's own defaults for writing from its folder's generation_config.json.
+
+    Returns {name: value} for those options of WRITING that the file sets. Its other keys are
+    ignored, and so are options that are null. Without a file the result is empty. Raises
+    ValueError, naming file, key and value, for a value that is not allowed.
     """
     file = folder / GENERATION
     data = read_json(file) if file.is_file() else {}

@@ -1,12 +1,12 @@
 """What concepts are called: reading a label file, and searching it.
 
-Concepts of both heads may have labels: the known ones, which were named before training, and the
-discovered ones (the unknown head's), which somebody named afterwards. A discovered concept without
-a label goes by the tokens it promotes (`attribution.promoted`).
+Concepts of both heads may have labels. Known concepts were named before training. Discovered
+concepts (the unknown head's) may have been named afterwards. A discovered concept without a label
+goes by the tokens that it promotes (`attribution.promoted`).
 
-The official file is `concept_labels.parquet`; CSV with the same columns is read as well, which is
-what the tiny model has. In a file ids count through both heads: discovered concept j stands at
-n_known + j. Here each head counts from 0.
+The official file is `concept_labels.parquet`. The tiny model has a CSV file with the same columns;
+that is read as well. A file numbers the concepts of both heads in one sequence: discovered concept
+j has the id n_known + j. In this code each head counts from 0.
 """
 
 import csv
@@ -65,10 +65,11 @@ class Labels:
         return self.label(concept, head).name
 
     def find(self, query: str, discovered: bool = False) -> list[Label]:
-        """Labels that have words of the query, best first; known concepts' only, unless told.
+        """Search the labels for words of the query; the best hits come first.
 
-        As in the official search, a word counts 3 each time it stands in the name and 1 each time
-        it stands in the description. Words of the group's name only decide between equals.
+        Only known concepts are searched, unless `discovered` is true. As in the official search, a
+        word scores 3 each time it stands in the name and 1 each time it stands in the description.
+        Between equal scores, words in the name of the group decide.
         """
         wanted, found = set(words_of(query)), []
         for label in [*self.known.values(), *(self.unknown.values() if discovered else ())]:
@@ -79,12 +80,15 @@ class Labels:
         return [label for _, label in sorted(found, key=lambda hit: hit[0], reverse=True)]
 
     def resolve(self, query: str) -> tuple[int, ...]:
-        """The known concepts that a query means: a name or a group's name (in any case), a number,
-        or several of these joined by "+". A concept's name comes before a group's. A number that
-        is also the name of others is refused; "#12" is always the number.
+        """Find the known concepts that a query means, as ids.
 
-        Raises ValueError for a number out of range, a name that two concepts share, or a name that
-        none has: with the closest ones.
+        A query is a concept's name, a group's name, a number, or several of these joined by "+".
+        Upper and lower case are the same. If a concept and a group share a name, the concept is
+        meant. "#12" is always the number 12.
+
+        Raises ValueError for a number out of range, for a number that is also the name of other
+        concepts, for a name that two concepts share, and for a name that none has. The last message
+        lists the closest names.
         """
         query = query.strip()
         number = re.fullmatch("(#?)(-?[0-9]{1,18})", query)
@@ -184,7 +188,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def columns_of(file: Path, written: list[str]) -> list[str]:
-    """The columns' names as they are in use today; ValueError for one that lacks or comes twice."""
+    """Replace older column names by today's. ValueError when a column is missing or comes twice."""
     columns = [name.strip() for name in written]
     for other, today in OTHER_NAMES.items():
         if today not in columns:
@@ -220,8 +224,10 @@ def read_parquet(file: Path) -> tuple[list[str], list]:
 
 @contextmanager
 def open_parquet(file: Path) -> Iterator:
-    """A pyarrow.parquet.ParquetFile that reads a megabyte at a time, where it would read a whole
-    row group. ImportError without pyarrow, ValueError for what is no parquet file: one line each.
+    """Open a file as a pyarrow.parquet.ParquetFile that reads one megabyte at a time.
+
+    By default pyarrow would read a whole row group. Raises ImportError without pyarrow, and
+    ValueError when the file is not a parquet file; both messages are one line.
     """
     try:
         import pyarrow

@@ -1,5 +1,7 @@
-"""From a name to a model that is ready to write: its folder, its tokenizer, its device; and to the
-file with its concepts' names."""
+"""Turn a model's name into a model that is ready to write.
+
+This means finding its folder, its tokenizer, a device, and the file with its concepts' names.
+"""
 
 import os
 import re
@@ -16,7 +18,7 @@ from .labels import DOWNLOAD_LABELS, LABELS, LABELS_REPO
 
 TINY = Path(__file__).parent.parent / "tiny"  # the bundled checkpoint
 DEVICES = ("cuda", "mps", "cpu")
-SMALL = 10_000_000  # parameters of a model that a GPU would not write faster with, nor threads
+SMALL = 10_000_000  # with fewer parameters, neither a GPU nor more threads make writing faster
 
 
 def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtype | None = None,
@@ -75,10 +77,12 @@ def find_checkpoint(name: str | Path | None) -> Path:
 
 
 def find_labels(name: str | Path | None) -> Path | None:
-    """The label file of the model that `name` means to `find_checkpoint`; None where it has none.
+    """Find the label file of a model, or None. `name` means what it means to `find_checkpoint`.
 
-    It is the file that the environment variable STEERLING_CONCEPTS_PATH names, else one beside the
-    checkpoint, else, for Guide Labs' models in the hub's cache, the cached file of LABELS_REPO.
+    Three places are tried in this order: the file that the environment variable
+    STEERLING_CONCEPTS_PATH names, a file beside the checkpoint, and, for Guide Labs' models in the
+    hub's cache, the cached file of LABELS_REPO. Raises FileNotFoundError when the variable names
+    a file that does not exist.
     """
     chosen = os.environ.get("STEERLING_CONCEPTS_PATH")
     if chosen:
@@ -100,8 +104,8 @@ def cached(repo: str) -> Path | None:
 
 
 def hub_cache() -> Path:
-    """The folder where `hf download` puts repositories: what huggingface_hub says or, where that
-    package is not installed, what its rules say."""
+    """The folder where `hf download` puts repositories. huggingface_hub knows it; where that
+    package is not installed, its rules are followed here."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
         return Path(HF_HUB_CACHE)
@@ -114,8 +118,10 @@ def hub_cache() -> Path:
 
 
 def pick_device(name: str = "auto", auto: Sequence[str] = DEVICES) -> torch.device:
-    """The torch device of that name; "auto" is the first of those that is there. ValueError if it
-    is not there."""
+    """The torch device of that name. "auto" takes the first kind in `auto` that this machine has.
+
+    Raises ValueError when the machine lacks the device.
+    """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                "cpu": True}
     available = [kind for kind in DEVICES if present[kind]]

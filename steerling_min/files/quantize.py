@@ -4,9 +4,9 @@ Every row of a matrix gets one scale, its largest absolute value over 127:
 
     weight[i, j] ≈ int8[i, j] * scale[i],    |error| <= scale[i] / 2
 
-Activations stay as they are. A product widens the rows again, a slice at a time, and multiplies by
-them: what is saved is memory, and it is paid for in time. (Per-row symmetric quantisation as in
-LLM.int8(), arXiv 2208.07339, without its split into inliers and outliers.)
+Activations are not quantized. For a matrix product, a slice of rows at a time is widened to floats
+again and then used. This saves memory and costs time. (It is per-row symmetric quantisation as in
+LLM.int8(), arXiv 2208.07339, without the split into inliers and outliers.)
 """
 
 import torch
@@ -60,8 +60,11 @@ class Int8Embedding(Int8):
 
 @torch.no_grad()
 def quantize(model: nn.Module) -> None:
-    """Put an Int8 module in the place of every matrix. Each original is freed as it is replaced. (A
-    matrix that two modules share is then there twice: see `checkpoint.tie`.)"""
+    """Replace every nn.Linear and nn.Embedding by its Int8 module, in place.
+
+    Each original is freed as it is replaced. Two modules that shared a matrix then have one each;
+    `checkpoint.tie` makes them share again.
+    """
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):

@@ -1,9 +1,11 @@
 """Text to token ids and back: byte-pair encoding by tiktoken, and the model's special tokens.
 
-The 8B uses tiktoken's `cl100k_base`; smaller models use the same class on a rank file of their own.
-A rank file lists byte strings and their rank, which is their id. Text is cut into words first. A
-word that is in the list is one token; any other is cut into bytes, of which the pair of lowest rank
-is merged first. Where the ranks come from is `byte_pairs`, at the end.
+The 8B uses tiktoken's `cl100k_base`. Smaller models use the same class with a rank file of their
+own. A rank file lists byte strings, each with its rank; the rank is the token's id.
+
+To encode a text, it is first cut into words. A word in the list is one token. Any other word is cut
+into bytes, and neighbours are merged into listed tokens, the pair of lowest rank first. At the end
+of this file, `byte_pairs` learns such ranks.
 """
 
 import base64
@@ -21,9 +23,10 @@ from .writing import replacing
 RANK_FILE = "tokenizer.tiktoken"  # beside a checkpoint that has a vocabulary of its own
 SPECIALS = ("<|pad|>", "<|bos|>", "<|endofchunk|>", "<|mask|>")  # appended in this order
 INSTRUCT_SPECIALS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-# What one token can be at most: letters with their accents, three digits, or punctuation with the
-# line breaks after it, each with the space before it; or white space, but for the space before a
-# word. Every run has a greatest length: tiktoken gives up on white space without end.
+# Cuts a text into words; no token is longer than one of these. A word is letters with their
+# accents, up to three digits, or punctuation with the line breaks after it. Each takes the space
+# before it along. White space that no word takes is cut into words of its own. Every run has a
+# greatest length, because tiktoken gives up on endless white space.
 PATTERN = (r" ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,16}\n{0,2}"
            r"|\s{1,16}(?!\S)|\s")
 
@@ -135,8 +138,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int], specials: bool = False) -> str:
-        """The text of token ids. Chunks stand on lines of their own, and a blank line between
-        whole texts; no other special token shows, unless `specials` asks for all as they are.
+        """Turn token ids into text.
+
+        Between pieces of text, <|endofchunk|> becomes a line break, and <|endoftext|> or <|bos|> a
+        blank line. Other special tokens are left out. With `specials` all special tokens are
+        written as they are.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
@@ -192,7 +198,7 @@ class Tokenizer:
 def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
     """Join two neighbouring pieces of a word wherever together they are the token.
 
-    From left to right, each piece in one pair at most: merge([a, a, a], aa) is [aa, a].
+    Go from left to right. Each piece is joined at most once: merge([a, a, a], aa) is [aa, a].
     """
     merged: list[bytes] = []
     for piece in pieces:
@@ -204,15 +210,18 @@ def merge(pieces: list[bytes], token: bytes) -> list[bytes]:
 
 
 def byte_pairs(words: dict[bytes, int], n: int) -> dict[bytes, int]:
-    """Learn at most n tokens from words and how often each occurs: byte-pair encoding.
+    """Learn at most n tokens by byte-pair encoding (Sennrich et al., arXiv 1508.07909).
 
-    The first 256 tokens are the bytes, and at first a word's pieces are its bytes. Then, over and
-    over, the pair of neighbouring pieces that is most frequent in all words becomes the next token,
-    and is merged in every word. Of equals it is the pair that came up first. It ends early when no
-    pair occurs twice. Returns the tokens and their ranks, 0 to n - 1 (Sennrich et al., arXiv
-    1508.07909). Pairs are known by what they are together: (a, bc) is (ab, c), as in tiktoken,
-    which has the ranks alone. Only words with the merged pair are counted anew: a megabyte takes a
-    second.
+    words: {word: how often it occurs}. Returns {token: rank}, with ranks from 0 to at most n - 1.
+
+    The first 256 tokens are the bytes. At first a word's pieces are its bytes. Then these steps
+    repeat. Find the pair of neighbouring pieces that is most frequent in all words; of equally
+    frequent pairs, take the one that came up first. The pair becomes the next token, and is merged
+    in every word. Stop at n tokens, or earlier when no pair occurs twice.
+
+    A pair is identified by its joined bytes: (a, bc) and (ab, c) are the same pair. tiktoken does
+    so, too, because it knows only the ranks. After a merge, only the words with the merged pair are
+    counted anew. So a megabyte takes a second.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     spelt, times = [[bytes([b]) for b in word] for word in words], list(words.values())

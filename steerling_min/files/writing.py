@@ -12,8 +12,10 @@ from torch import Tensor
 
 
 def target(file: Path) -> Path:
-    """The file that `file` means, through links. Raises ValueError unless it is a regular file, or
-    none yet in a folder that is there."""
+    """Follow links to the file that is to be written.
+
+    Raises ValueError when its folder does not exist, or when it is itself a folder or a device.
+    """
     file = Path(os.path.realpath(file))
     if file.exists() and not file.is_file():
         raise ValueError(f"{file} is a folder or a device: give the name of a file to write")
@@ -26,8 +28,8 @@ def target(file: Path) -> Path:
 def replacing(file: Path) -> Iterator[Path]:
     """Where to write `file`: a path that takes its place only when all of it has been written.
 
-    It lies in a hidden folder beside the file. What a process that was killed leaves there, the
-    next one removes.
+    The path lies in a hidden folder beside the file. If a process is killed and leaves that folder
+    behind, the next process that writes the file removes it.
     """
     file = target(file)
     folder = file.with_name(f".{file.name}.partial")

@@ -63,8 +63,8 @@ class Atlas(Texts):
 
     def __init__(self, files: Sequence[Path], seed: int, T: int, vocab: int,
                  tokenizer: Tokenizer | None, labels: Sequence[Label], concepts: Path, top: int):
-        """What is learnt are the `top` most frequent concepts of each type, whose names are in the
-        file `concepts`. All else is as in Texts, errors too."""
+        """Learn the `top` most frequent concepts of each type. The file `concepts` has their names.
+        The other arguments, and the errors, are those of Texts."""
         self.files, self.seed, self.labels = files, seed, list(labels)
         self.numbered: dict[tuple[str, int], int] = {}  # type and Atlas's id -> the label's id
         rows = {(row.get("concept_type"), row["concept_id"]): row for _, row in read_rows(concepts)}

@@ -50,7 +50,11 @@ class Batch(NamedTuple):
 
 def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
          enough: float = float("inf")) -> Stream:
-    """Put documents into one stream, until it holds `enough` tokens (which may be endless)."""
+    """Put documents into one stream.
+
+    Stop after the document with which the stream has at least `enough` tokens. So `documents` may
+    be endless.
+    """
     tokens, chunks, learnt = [], [], []
     labels: list[tuple[int, ...]] = []
     for document in documents:
@@ -73,8 +77,11 @@ def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
 
 
 def encode_chunk(chunk: Chunk, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
-    """A chunk's tokens, and which of them are learnt: all, or of a conversation what stands after
-    the assistant's headers, with the special tokens that end its turns."""
+    """Encode a chunk: its token ids, and for each of them whether it is learnt.
+
+    Of a plain chunk all tokens are learnt. Of a conversation only the assistant's turns are learnt:
+    what stands after a turn's header, including the special tokens that end the turn.
+    """
     if not chunk.turns:
         ids = tokenizer.encode(chunk.text)
         return ids, [True] * len(ids)
@@ -106,17 +113,21 @@ def has_concepts(labels: Tensor, C: int) -> Tensor:
 
 
 def places(concepts: Tensor, C: int) -> Tensor:
-    """Where each of C concepts stands among `concepts` (P,), or -1: (C + 1,) int64. The last is for
-    -1, a label that is none."""
+    """For each of C concepts, its place among `concepts` (P,), or -1 if it is not there.
+
+    Returns (C + 1,) int64. The last entry is always -1. A label of -1 means no concept, and as an
+    index it selects this entry.
+    """
     place = torch.full((C + 1,), -1, device=concepts.device)
     place[concepts] = torch.arange(len(concepts), device=concepts.device)
     return place
 
 
 def count_tokens(stream: Stream, C: int, V: int) -> Tensor:
-    """How often each token stands in chunks with each concept and, last, in all: (C + 1, V) int32.
+    """Count how often each token stands in chunks with each concept: (C + 1, V) int32.
 
-    One label of every chunk at a time: nothing of tokens times concepts is ever held.
+    The last row counts all chunks. The loop takes one label of every chunk at a time. So it never
+    needs a tensor of n tokens times C concepts.
     """
     inside = stream.chunks >= 0
     tokens, chunks = stream.tokens[inside], stream.chunks[inside]  # (n,)
@@ -202,22 +213,28 @@ class Stories:
 class Texts:
     """Anyone's own files.
 
-    A plain text file is one document of one chunk, with its line breaks and without labels. In a
-    .jsonl file every line is a chunk, {"text": "...", "concepts": ["name", ...]}; the concepts may
-    be left out. Its chunks are one document, unless neighbouring lines differ in a further field,
-    "document". A line may be a conversation instead, which is a document of its own: {"messages":
-    [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}. Then the
-    vocabulary has the chat's special tokens, and only the assistant's words are learnt.
+    A plain text file is one document of one chunk. Its line breaks stay, and it has no labels.
 
-    The last tenth of the tokens is held out. Where there are labels it is a tenth of up to a
-    thousand parts, drawn from all over, since labelled lines are often sorted by their concepts.
+    In a .jsonl file every line is a chunk: {"text": "...", "concepts": ["name", ...]}. The concepts
+    may be left out. The file is one document, unless its lines have the field "document": where its
+    value changes from one line to the next, a new document begins.
+
+    A line may be a conversation instead: {"messages": [{"role": "user", "content": "..."},
+    {"role": "assistant", "content": "..."}]}. It is a document of its own. The vocabulary then has
+    the chat's special tokens, and only the assistant's words are learnt.
+
+    Without labels, the last tenth of the tokens is held out. Labelled lines are often sorted by
+    their concepts. So with labels, the text is cut into up to a thousand parts, and a tenth of
+    these, drawn at random, is held out.
     """
 
     def __init__(self, files: Sequence[Path], seed: int, T: int, vocab: int = 1024,
                  tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
-        """T is the window's length, below which no text is enough; vocab the vocabulary's size, at
-        most. A model that is trained further brings its tokenizer, and the labels of all its known
-        concepts; new concepts come after them.
+        """Read the files, encode them, and hold a tenth out.
+
+        T: length of a window in tokens; the held-out tenth must fill one. vocab: most tokens of a
+        new vocabulary. tokenizer, labels: given if a model is trained further. They are its own
+        tokenizer and the labels of all its known concepts; new concepts come after these.
 
         Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
         """

@@ -154,8 +154,8 @@ def language(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
 def likelihood(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]:
     """The bound on stories' -log p, given <|bos|>, and its ratio to the grammar's entropy.
 
-    What the model loses to the grammar on the same stories is added to the exact entropy: the mean
-    of -log p over n stories alone would be off by more than the model's loss.
+    What the model loses to the grammar is measured on n stories, and added to the exact entropy.
+    The mean of -log p over n stories alone would be off by more than the model loses.
     """
     rng, generator = random.Random(HELD_OUT), torch.Generator().manual_seed(0)
     lost, bounds, n_tokens = [], [], 0
@@ -227,8 +227,12 @@ def topic_prompts(tokenizer: Tokenizer, n: int, before: str) -> Iterator[tuple[i
 
 
 def word_prompts(tokenizer: Tokenizer, n: int) -> Iterator[tuple[int, list[int]]]:
-    """n prompts for each word of a fixed sample: a story's first sentence, which names an animal
-    and a place, up to where a word of that kind stands. (For nouns, all of it.)"""
+    """Yield n prompts for each word of a fixed sample of nouns, animals and places.
+
+    A prompt is a story's first sentence. That sentence names an animal and a place. For a word of
+    these two kinds, the prompt ends just before the sentence's own word of the kind. For a noun it
+    is the whole sentence.
+    """
     rng = random.Random(HELD_OUT)
     for kind, number in WORD_SAMPLE.items():
         words = {concept.id: concept.name for concept in CONCEPTS if concept.group == kind}
@@ -248,8 +252,11 @@ def shows(chunk: list[str], concept: int) -> bool:
 
 def steered(model: Steerling, tokenizer: Tokenizer, prompts: Iterable[tuple[int, list[int]]],
             steer: Callable[[int], Steering | None]) -> tuple[float, float]:
-    """Prompts for concepts, continued by 32 tokens under steer(concept): the share of new chunks
-    that show the concept, and of their sentences in the grammar."""
+    """Continue prompts by 32 tokens each, steered by steer(concept), and judge what is written.
+
+    prompts are (concept, token ids). Returns two shares: of the new chunks, those that show the
+    concept; and of their sentences, those in the grammar.
+    """
     shown, right = [], []
     for seed, (concept, prompt) in enumerate(prompts):
         for chunk in new_chunks(*write(model, tokenizer, prompt, 32, seed, steer(concept))):
@@ -307,8 +314,11 @@ def resemblance(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, flo
 
 
 def in_units(nats: float, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, float]:
-    """Nats per token, and what compares models whatever their vocabularies: nats per character and
-    bits per byte of the tokens' text. Special tokens cost, and add no text."""
+    """Convert a bound in nats per token into nats per character and bits per byte of the text.
+
+    The last two compare models with different vocabularies. Special tokens add to the cost, but
+    not to the text. Returns all three by name.
+    """
     raw = tokenizer.encoding.decode_bytes(
         [i for i in tokens.flatten().tolist() if i not in tokenizer.special_ids])
     total = nats * tokens.numel()
@@ -338,9 +348,12 @@ def per_character(model: Steerling, tokenizer: Tokenizer, batch: Batch) -> float
 
 def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 200
                  ) -> dict[str, float]:
-    """The bound on at most n windows, spread over a held-out stream; each stands alone, so that its
-    first block is predicted from nothing. With labels that differ between the windows' chunks, how
-    well concepts are detected, and what they contribute."""
+    """Measure a model on at most n windows, spread over a held-out stream.
+
+    Returns the likelihood bound in three units. Each window stands alone, so its first block is
+    predicted from nothing. If some concept is in some of the windows' chunks but not in all, the
+    detection and the contribution of concepts are measured, too.
+    """
     C, T = model.config.n_concepts, model.config.block_size
     n, last = min(n, len(rest.tokens) // T), len(rest.tokens) - T
     at = torch.linspace(0, last, n, dtype=torch.float64).long()[:, None] + torch.arange(T)  # (n, T)

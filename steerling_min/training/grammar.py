@@ -32,8 +32,8 @@ SENTENCE_SLOTS = {
     "food": ["honey", "cheese", "jam", "cake", "cream", "butter", "rice", "sugar", "mustard",
              "milk", "bacon", "pasta"],
 }
-# Words that sentences bring along by themselves, by kind. No other word stands in the very same
-# sentences: from labels of whole chunks nothing could tell which of the two is meant.
+# Words that sentences have outside their slots, by kind. For each of them, no other word stands in
+# exactly the same sentences. If one did, labels of whole chunks could not tell the two apart.
 SAID = {
     "verb": ["sailed", "rowed", "flew", "landed", "followed", "paid", "bargained", "tuned",
              "practised", "watered", "danced", "wept", "growled", "peeked", "praised", "waited",

@@ -54,8 +54,8 @@ class Seen(NamedTuple):
 def look(model: Steerling, stream: Stream, named: Tensor, t: float | None, n: int) -> Seen:
     """Show a model n windows of a stream at noise level t (None: as in training, uniform).
 
-    named (tokens of the stream,) bool is from `in_named_words`. A chunk that a window's edge may
-    have cut is not judged: the word that it is labelled with may stand in the other part.
+    named (tokens of the stream,) bool is from `in_named_words`. A chunk at a window's edge may have
+    been cut there. It is not judged, because the word for its label may stand in the other part.
     """
     config, generator, found = model.config, torch.Generator().manual_seed(0), []
     for starts in (torch.arange(n) * config.block_size).split(8):
@@ -119,28 +119,34 @@ def covariance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def separation(known: Tensor, unknown: Tensor) -> float:
-    """The norm of the features' cross-covariance, over the geometric mean of the norms of their own
-    covariances: 0 when they are uncorrelated, 1 when they are the same."""
+    """How strongly two kinds of features (M, D) correlate: 0 if not at all, 1 if they are the same.
+
+    It is the norm of their cross-covariance, divided by the geometric mean of the norms of their
+    own covariances.
+    """
     own = covariance(known, known).norm() * covariance(unknown, unknown).norm()
     return (covariance(known, unknown).norm() / own.sqrt()).item()
 
 
 def contribution(parts: Tensor) -> list[float]:
-    """The shares of known, unknown and epsilon in tokens' logits, the mean over tokens (M, 3).
+    """The shares of known, unknown and epsilon in tokens' logits: three means over the M tokens.
 
-    Known plus unknown is Eq. 22 of the report. Each part is a sum over concepts already: its
-    absolute value is taken after that (`attribution.Attribution.shares`).
+    parts (M, 3) has each token's logit in three parts. A share is a part's absolute value over the
+    sum of the three absolute values. A part is already a sum over concepts: the absolute value is
+    taken after that sum (`attribution.Attribution.shares`). The share of known plus that of unknown
+    is Eq. 22 of the report.
     """
     sizes = parts.abs()
     return (sizes / sizes.sum(1, keepdim=True).clamp(min=1e-12)).mean(0).tolist()
 
 
 def alignment(model: Steerling, tokenizer: Tokenizer, lifted: Tensor) -> tuple[float, float]:
-    """Do the tokens that a concept promotes most mean what its label says? Two shares:
+    """Do the tokens that a concept promotes most mean what its label says? Returns two shares.
 
-    of the concepts that name a word, those that promote the word most (one of a pair of words); of
-    the ten tokens that topics, moods and forms promote most, those that are at least twice as
-    likely in their chunks, lifted (C, V) bool.
+    The first is over the concepts that name a word: how many of them promote that word most. Of a
+    pair of words, either will do. The second is over the ten tokens that each topic, mood and form
+    promotes most: how many of these are at least twice as likely in the concept's chunks, as
+    lifted (C, V) bool says.
     """
     words, fitting = [], []
     for concept in range(len(CONCEPTS)):

@@ -69,9 +69,13 @@ class Objective(nn.Module):
 
     def __init__(self, model: Steerling, without: list[str], lift: Tensor,
                  spoken: Tensor | None = None, pull: float = 1.0):
-        """spoken (P,) int64: which of the model's concepts the data speak of (None: all C); lift
-        (P, V): what each of them lifts, from `losses.lift_weights`. On one device. pull, 0 to 1:
-        how much of their gradient the concepts' logits pass on to the backbone."""
+        """Wrap a model for training; all tensors are on one device.
+
+        without: names from PARTS to leave out. spoken (P,) int64: those of the model's concepts
+        that the data speak of (None: all C). lift (P, V): what each of these lifts, from
+        `losses.lift_weights`. pull, 0 to 1: the share of their gradient that the concepts' logits
+        pass on to the backbone.
+        """
         super().__init__()
         self.model, self.without, self.lift, self.pull = model, without, lift, pull
         self.spoken = slice(None) if spoken is None else spoken
@@ -126,9 +130,9 @@ class Objective(nn.Module):
                                   len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction": RECONSTRUCTION * reconstruction_loss(
                       detached, at_masks, forced),
-                  # known features are first scaled to mean square 1: else, the larger they grow,
-                  # the more of the hidden state independence forbids the unknown head to
-                  # reconstruct
+                  # Known features are first scaled to mean square 1. Otherwise, the larger they
+                  # grew, the less of the hidden state independence would let the unknown head
+                  # reconstruct.
                   "independence": INDEPENDENCE * independence_loss(
                       known / mean(known.detach().square()).sqrt().clamp(min=1e-6), detached)}
         if has_labels:

@@ -86,7 +86,7 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 
 class Run:
-    """A run in progress. A context, at whose end it no longer has its folder to itself."""
+    """A run in progress. As a context manager, it gives up the lock on its folder at the end."""
 
     def __init__(self, args: Namespace):
         """Raises ValueError or OSError where this run would overwrite another, or a model."""
@@ -125,9 +125,12 @@ class Run:
 
     def start_from(self, name: str | None
                    ) -> tuple[Steerling | None, Tokenizer | None, list[Label]]:
-        """What this run goes on from, its own folder or else the checkpoint that `name` means: a
-        model without numbers yet (`stored_weight` reads them), its tokenizer, and a label for each
-        of its concepts (none if none has a name)."""
+        """Find what this run starts from: its own folder if it is resumed, else the checkpoint that
+        `name` means. With neither, returns None, None and no labels.
+
+        Returns a model that has no numbers yet (`stored_weight` reads them), its tokenizer, and a
+        label for each of its known concepts. There are no labels if no known concept has a name.
+        """
         if not (self.resumed or name):
             return None, None, []
         folder = self.folder if self.resumed else find_checkpoint(name)
@@ -140,9 +143,12 @@ class Run:
         return model, tokenizer, [self.labels.label(concept) for concept in range(self.n_known)]
 
     def stored_weight(self, name: str, shape: torch.Size, config: Config) -> Tensor:
-        """A parameter of the checkpoint that the run starts from. (It is mapped from the file: what
-        is not used is not read.) Of the known head's, rows of new concepts are the mean of the
-        others, whether the checkpoint has padding there or nothing."""
+        """Read a parameter of the checkpoint that the run starts from.
+
+        It is mapped from the file, so only what is used is read. If concepts were added, a
+        parameter of the known head gets rows for them. Each new row is the mean of the old
+        concepts' rows, whether or not the checkpoint has padding in its place.
+        """
         stored = name if name in self.stored else LM_HEAD  # of the tied pair either is there
         with safe_open(self.stored[stored], framework="pt") as f:
             weight = f.get_tensor(stored)
@@ -152,11 +158,11 @@ class Run:
         return weight
 
     def begin(self, model: Steerling, optimizer: AdamW, corpus: Stories | Texts) -> None:
-        """Put the state of a run that goes on back into model and optimizer, or save that of a new
-        one, before its first step: what cannot be saved is found now.
+        """Load the state of a resumed run into model and optimizer, or save that of a new run.
 
-        Raises ValueError where the data are not those that the run began with, or have concepts
-        that cannot be told from the model's own.
+        The save comes before the first step, so that a folder that cannot be written is noticed at
+        once. Raises ValueError when a resumed run has other data than it began with. Also raises it
+        when the data have concepts and the model's concepts have no names: these cannot be matched.
         """
         if self.resumed:
             if corpus.fingerprint != read_run(self.folder)["data"]:
@@ -239,8 +245,10 @@ class Run:
                 signal.signal(number, handler)
 
     def say(self, line: str, passing: bool = False) -> None:
-        """Print a line; on a terminal the next one is printed over a passing one. A reader who has
-        had enough (`| head`) asks the run to stop."""
+        """Print a line. On a terminal, the next line is printed over a `passing` one.
+
+        If the reader of the output is gone (`| head`), the run is asked to stop.
+        """
         over = passing and self.terminal
         if over:  # a line that wraps could not be printed over
             line = line[: shutil.get_terminal_size().columns - 1]

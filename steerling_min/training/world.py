@@ -213,8 +213,9 @@ def entropy() -> float:
 def expected_tokens(count) -> float:
     """The exact expected number of tokens of a story's chunks.
 
-    count(text) -> int counts the tokens of a piece of text; tokenizers that split text into words,
-    each with the space before it, make it additive over slots and what stands between them.
+    count(text) -> int counts the tokens of a piece of text. The counts of a template's pieces, its
+    slots and the text between them, are added up. This is right for tokenizers that split text into
+    words, each with the space before it.
     """
     def template_tokens(template, nouns, first):
         pieces = re.split(r"( ?\{\w+\})", ("" if first else " ") + template)

@@ -22,8 +22,8 @@ def animation(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seq
               prompt: list[int], steering: Steering | None = None) -> str:
     """The first text of a run of `unmask` as an SVG that plays by itself, over and over.
 
-    A token appears at its step, on the colour of what it was written by (`explain`); until then
-    its place is an empty box.
+    Each token's place is an empty box until the token's step. Then the token appears, and the box
+    takes the colour of the part that wrote the token ("written_by" in `explain`).
     """
     explained = explain(model, tokenizer, labels, steps, 0, steering)
     # A text, the step in which it appears (None: it is there from the start), and its colour.

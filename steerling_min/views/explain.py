@@ -12,8 +12,9 @@ from ..unmasking import Step
 
 PARTS = ("known", "discovered", "epsilon")  # discovered: of the head that the code calls unknown
 COLUMNS = 100                               # of a printed line
-# What a token was written by, and its colour behind dark letters, and behind light ones. Of two
-# colours one is always the lighter: they can be told apart in grey, and without red or green.
+# Background colours for what a token was written by: one behind dark letters, one behind light
+# letters. Of two colours one is always the lighter. So they can be told apart in grey, and by
+# people who do not see red or green.
 COLOURS = {
     "content": ("#4797e5", "#0063ac"), "entity": ("#e8922c", "#794600"),
     "tone": ("#5fce8c", "#00502a"), "document": ("#feb4f6", "#5b1c58"),

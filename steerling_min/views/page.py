@@ -24,10 +24,11 @@ TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")  # 
 
 def inputs_of(model: Steerling, tokenizer: Tokenizer, steps: Sequence[Step], prompt: list[int],
               row: int = 0) -> dict[int, list[dict]]:
-    """For each written position the input tokens that did most for its token, at its step.
+    """For each written token, find the input tokens that did most for it, or against it.
 
-    {position: [{"position", "text", "contribution" (logits)}]}, by integrated gradients on the
-    sequence as it stood before the step. What was injected is not part of it.
+    Returns {written position: [{"position", "text", "contribution" (logits)}]}, at most INPUTS of
+    them, the largest first. Contributions are integrated gradients on the sequence as it stood
+    before the token's step. Injections of steering are left out.
     """
     T, asked = steps[0].tokens.shape[1], sum(len(step.ids[row]) for step in steps)
     tokens = torch.full((T,), tokenizer.mask_token_id, device=steps[0].tokens.device)

@@ -74,7 +74,7 @@ def pieces_of(step: Step, tokenizer: Tokenizer, L: int, when: dict[int, int], ne
               ) -> list[tuple[str, int | None]]:
     """The text after a step: the prompt, tokens in the colour of their step, masks.
 
-    Half a character is a place still open, as a mask is.
+    A character of several tokens may be only partly written. Then it is shown like a mask.
     """
     tokens = step.tokens[0].tolist()
     pieces: list[tuple[str, int | None]] = [(tokenizer.decode(tokens[:L]), None)]
