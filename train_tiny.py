@@ -1,6 +1,6 @@
 """Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
-    python train_tiny.py                                    # the bundled model: under an hour
+    python train_tiny.py                                    # the tiny world: about an hour
     python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt --out runs/mine      # on your own text
@@ -60,7 +60,7 @@ from steerling_min.training.muon import Muon
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.run import Run, parse_options
 
-STEPS = 10_000       # of the bundled model
+STEPS = 10_000       # unless --steps or --minutes says otherwise
 VOCAB = 1024         # of a text
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings

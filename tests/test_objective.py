@@ -113,8 +113,8 @@ def test_the_state_without_epsilon_is_what_the_heads_say(model):
 
 
 def test_presence_weighs_1_the_others_as_they_say(model):
-    assert (EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT) == (0.01, 64, 3, 4), (
-        "the weights that the bundled model was trained with: the README's table is of those")
+    assert (EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT) == (0.01, 64, 3, 12), (
+        "the weights that the README's table is of")
     found, hidden = losses(model), model.transformer(NOISY)
     labels = has_concepts(BATCH.labels, 8)
     expected = presence_loss(model.known_head.logits(hidden), BATCH.chunks, labels)

@@ -121,7 +121,7 @@ def lift_weights(counts: Tensor, threshold: float = 2.0) -> Tensor:
 
 
 def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor, temperature: float = 2.0,
-                   length: float = 0.007) -> Tensor:
+                   length: float = 0.0023) -> Tensor:
     """Make each concept's embedding, by itself, promote the tokens that the concept lifts, and be
     no longer than that takes. The loss is a cross-entropy plus `length` times the embedding's
     squared length, averaged over concepts.
