@@ -230,6 +230,15 @@ def test_of_a_conversation_only_the_assistants_words_are_learnt(tmp_path):
                        torch.stack([stream.learnt[3:11], stream.learnt[:8]]))
 
 
+def test_two_conversations_that_say_the_same_are_two(tmp_path):
+    line = {"messages": [{"role": "user", "content": "Who?"},
+                         {"role": "assistant", "content": "Mara did, long before the others."}]}
+    texts = Texts([a_file(tmp_path, 60 * (json.dumps(line) + "\n"), "chat.jsonl")], 0, T=8)
+    found = sum((stream.tokens == texts.tokenizer.bos_token_id).sum().item()
+                for stream in (texts.training, texts.rest))
+    assert found == 60, "each begins with <|bos|>, also beside its equal"
+
+
 def test_of_any_other_text_all_is_learnt(tmp_path):
     assert STORIES.stream(1, 300).learnt.all() and STORIES.held_out(2, 16).learnt.shape == (2, 16)
     stream = Stream(torch.arange(10), torch.zeros(10).long(), torch.tensor([[0]]))

@@ -299,7 +299,7 @@ def read_documents(file: Path) -> list[list[dict]]:
     lines = [read_line(line, f"{file}, line {number}")
              for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     return [list(chunks) for _, chunks in groupby(
-        lines, key=lambda line: line["messages"] or line["document"])]
+        lines, key=lambda line: id(line) if line["messages"] else line["document"])]
 
 
 def read_line(line: str, where: str) -> dict:
