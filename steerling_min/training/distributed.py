@@ -96,7 +96,7 @@ def shard(objective: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype,
 
 def parts(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """This process's part of x, and what a whole tensor of values has in its place. Where x is not
-    sharded these are both themselves."""
+    sharded, these are x and values themselves."""
     if not isinstance(x, DTensor):
         return x, values
     n = -(-len(values) // WORLD)
