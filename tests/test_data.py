@@ -288,6 +288,17 @@ def test_labelled_lines_are_held_out_all_over_the_file(tmp_path):
     assert set(whole[0]) & set(whole[1]) == {-1}, "no chunk is in both"
 
 
+def test_of_a_few_long_chunks_one_is_held_out(tmp_path):
+    def of(n):
+        return Texts([a_file(tmp_path, "".join(json.dumps(
+            {"text": f"chapter {i} and more" * 50, "concepts": ["a"]}) + "\n" for i in range(n)),
+            "a.jsonl")], 0, T=64)
+    rest, training = (part.chunks.unique().tolist() for part in (of(4).rest, of(4).training))
+    assert len(rest) == 2 and len(training) == 4 and set(rest) & set(training) == {-1}
+    with pytest.raises(ValueError, match="too few"):
+        of(1)  # then nothing is left to learn
+
+
 def test_the_same_lines_are_held_out_every_time(tmp_path):
     """Else a run that goes on would be judged by lines that it has learnt."""
     file, found = labelled(tmp_path, [["a"]] * 500), []

@@ -258,13 +258,13 @@ class Texts:
             N, parts = len(concepts), min(1000, len(concepts))
             part = chunks.cummax(0).values.clamp(min=0) * parts // N
             generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(parts, generator=generator)[: parts // 10]
+            chosen = torch.randperm(parts, generator=generator)[: max(1, parts // 10)]
         held_out = torch.isin(part, chosen)  # (n,)
         self.training, self.rest = (Stream(tokens[part], chunks[part], concepts, learnt[part])
                                     for part in (~held_out, held_out))
-        if len(self.rest.tokens) < T:
+        if min(len(self.training.tokens), len(self.rest.tokens)) < T:
             raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
-                             f"them that is held out must fill a window of {T}")
+                             f"them that is held out, and the rest, must fill a window of {T}")
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         rng, last = random.Random(f"{self.seed} {step}"), len(self.training.tokens) - T
