@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import require_concept
+from .config import require, require_concept
 from .iguide import set_weights
 from .model import Steerling
 from .steering import Steering, decompose_under
@@ -53,6 +53,7 @@ class Attribution:
         return Attribution(*(x[rows] for x in vars(self).values()))
 
 
+@torch.no_grad()
 def attribute(model: Steerling, hidden: Tensor, tokens: Tensor,
               steering: Steering | None = None) -> Attribution:
     """What each selected concept, and epsilon, contributed to the logits of tokens.
@@ -108,14 +109,14 @@ def chunk_attribution(found: Attribution) -> ChunkAttribution:
     both signs cancel first: the two shares of epsilon differ.)
     """
     n = len(found.tokens)
-    mass = found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs()  # (n,)
+    mass = n * (found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs())  # (n,)
     heads = []
     for ids, contributions in ((found.known_ids, found.known), (found.unknown_ids, found.unknown)):
         shares: dict[int, float] = defaultdict(float)
-        for c, share in zip(ids.flatten().tolist(), (contributions / mass[:, None]).flatten()):
-            shares[c] += share.item() / n
+        for c, share in zip(ids.ravel().tolist(), (contributions / mass[:, None]).ravel().tolist()):
+            shares[c] += share
         heads.append(dict(sorted(shares.items(), key=lambda item: -abs(item[1]))))
-    return ChunkAttribution(heads[0], heads[1], (found.epsilon.abs() / mass).mean().item())
+    return ChunkAttribution(heads[0], heads[1], (found.epsilon.abs() / mass).sum().item())
 
 
 # ---- input tokens -> token -----------------------------------------------------------------------
@@ -171,17 +172,18 @@ def promoted(model: Steerling, concept: int, n: int = 10, head: str = "known"
     head: "known" or "unknown". Raises ValueError for a concept that does not exist; so do the two
     functions below.
     """
+    require(head in ("known", "unknown"), "head", head, "'known', 'unknown'")
     table = model.known_head if head == "known" else model.unknown_head
     require_concept(head, concept, table.n_concepts)
     embedding = table.embedding(torch.tensor(concept, device=model.device))  # (D,)
-    alignment = (model.transformer.tok_emb.weight @ embedding).float()  # (V,)
-    return alignment.topk(n).indices, (-alignment).topk(n).indices
+    order = (model.transformer.tok_emb.weight @ embedding).float().argsort(descending=True)  # (V,)
+    return order[:n], order.flip(0)[:n]
 
 
 def nearest(model: Steerling, concept: int, n: int = 5) -> tuple[Tensor, Tensor]:
     """The known concepts whose embeddings point most nearly the same way: ids and cosines (n,)."""
     require_concept("known", concept, model.config.n_concepts)
-    E = model.known_head.concept_embedding.weight[: model.config.n_concepts].float()
+    E = model.known_head.concept_embedding.weight.detach()[: model.config.n_concepts].float()
     ids, cosine = resembling(F.normalize(E[concept], dim=-1), F.normalize(E, dim=-1), n + 1)
     return ids[ids != concept], cosine[ids != concept]
 
@@ -200,13 +202,14 @@ def activations(model: Steerling, tokens: Tensor, concept: int) -> Tensor:
 def embed_chunks(model: Steerling, chunks: Sequence[Sequence[int]]) -> Tensor:
     """Embed chunks of token ids: (n, D), each the mean of its known features, of length 1.
 
-    Chunks of one length are embedded together. None may be empty.
+    Chunks of one length are embedded together, 64 at a time. None may be empty.
     """
     found = torch.empty(len(chunks), model.config.n_embd)
     for length in {len(chunk) for chunk in chunks}:
-        rows = [i for i, chunk in enumerate(chunks) if len(chunk) == length]
-        tokens = torch.tensor([list(chunks[i]) for i in rows], device=model.device)
-        found[rows] = model.embed(tokens, "known").float().cpu()
+        same = torch.tensor([i for i, chunk in enumerate(chunks) if len(chunk) == length])
+        for rows in same.split(64):
+            tokens = torch.tensor([list(chunks[i]) for i in rows], device=model.device)
+            found[rows] = model.embed(tokens, "known").float().cpu()
     return F.normalize(found, dim=-1)
 
 

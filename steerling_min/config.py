@@ -118,6 +118,8 @@ class Config:
             elif name in TOKEN_IDS:
                 require(whole and 0 <= value < self.vocab_size, name, value,
                         f"a token id below vocab_size = {self.vocab_size}")
+                require(name == "mask_token_id" or value != self.mask_token_id, name, value,
+                        "another id than mask_token_id")
             else:
                 require(whole and 0 < value < 2**31, name, value, "a positive whole number")
         require(self.n_embd % (2 * self.n_head) == 0, "n_head", self.n_head,

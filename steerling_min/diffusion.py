@@ -87,7 +87,7 @@ def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = No
     asked = torch.ones(tokens.shape, dtype=torch.bool) if asked is None else asked
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
     if not asked.any(1).all() or samples < 1:
-        raise ValueError(f"nothing to score: a row with no token asked about, or {samples = } < 1")
+        raise ValueError(f"nothing to score: a row has no token asked about, or {samples = } < 1")
     nats = torch.zeros(B, device=device)
     for block in range(0, T, S):
         here = asked[:, None, block : block + S]  # (B, 1, up to S)
@@ -121,5 +121,4 @@ def log_likelihood(model: Steerling, prompt: Sequence[int], continuation: Sequen
     tokens = torch.tensor([[*prompt, *continuation]], device=model.device)
     asked = torch.arange(tokens.shape[1])[None] >= len(prompt)
     generator = torch.Generator().manual_seed(seed)
-    bound = likelihood_bound(model, tokens, asked, samples, generator)
-    return -bound.item() * len(continuation)
+    return -len(continuation) * likelihood_bound(model, tokens, asked, samples, generator).item()

@@ -213,7 +213,5 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     rest = hidden - (plain_known + plain_unknown)  # (B, T, D), epsilon
     if epsilon == "drop" and (known or unknown):
         rest = rest.masked_fill(positions[..., None], 0.0)
-    return Decomposition(
-        known=known_now, unknown=unknown_now, epsilon=rest, composed=known_now + unknown_now + rest,
-        known_ids=known_ids, known_logits=known_logits,
-        unknown_ids=unknown_ids, unknown_logits=unknown_logits)
+    return Decomposition(known_now, unknown_now, rest, known_now + unknown_now + rest,
+                         known_ids, known_logits, unknown_ids, unknown_logits)

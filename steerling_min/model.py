@@ -66,8 +66,7 @@ class Steerling(nn.Module):
         hidden = self.transformer(tokens, injections)  # (B, T, D)
         parts = decompose(hidden, self.known_head, self.unknown_head,
                           known, unknown, epsilon, positions)
-        return Output(**vars(parts), hidden=hidden,
-                      logits=self.transformer.lm_head(parts.composed))
+        return Output(**vars(parts), hidden=hidden, logits=self.transformer.lm_head(parts.composed))
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, kind: str = "composed", pooling: str = "mean") -> Tensor:
@@ -79,7 +78,10 @@ class Steerling(nn.Module):
         kinds, pools = ("hidden", "composed", "known", "unknown"), ("mean", "last", "first", "none")
         require(kind in kinds, "kind", kind, ", ".join(kinds))
         require(pooling in pools, "pooling", pooling, ", ".join(pools))
-        x = getattr(self(tokens), kind)  # (B, T, D)
+        require_tokens("tokens", tokens, self.config)
+        hidden = self.transformer(tokens)
+        x = hidden if kind == "hidden" else getattr(
+            decompose(hidden, self.known_head, self.unknown_head), kind)  # (B, T, D)
         return {"mean": x.mean(1), "last": x[:, -1], "first": x[:, 0], "none": x}[pooling]
 
     @classmethod

@@ -62,7 +62,7 @@ class Steering:
         strength is in logits: how far the logit of the token that the direction promotes most would
         rise, if the injection were added once, to the final state. (It is added after every layer
         from `layer` on, and the sum is normalised at the end: the logit moves by less or more.)
-        layer None is min(8, max(1, n_layers // 4)).
+        layer None is `default_layer`: min(8, max(1, n_layers // 4)) for a strength above 0.
         """
         ids = (ids,) if isinstance(ids, int) else tuple(ids)
         return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))

@@ -240,7 +240,7 @@ def start_tokens(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int
     new = min(1024, room) if max_new_tokens is None else max_new_tokens
     if not isinstance(new, int) or not 1 <= new <= room:
         raise ValueError(f"{new} new tokens after a prompt of {L} do not fit the context of "
-                         f"{config.block_size}; between 1 and {room} do" if room > 0 else
+                         f"{config.block_size}; whole numbers from 1 to {room} do" if room > 0 else
                          f"a prompt of {L} tokens leaves no room in the context of "
                          f"{config.block_size}")
     if (prompt_tokens == config.mask_token_id).any():

@@ -240,6 +240,15 @@ def test_a_concept_promotes_the_tokens_that_its_embedding_points_to(model):
     row = model.unknown_head.embedding_basis(model.unknown_head.embedding_coef.weight[3])
     alignment = model.transformer.tok_emb.weight @ row
     assert top.tolist() == alignment.argsort(descending=True)[:4].tolist(), "of either head"
+    assert len(promoted(model, 3, 10**6)[0]) == model.config.vocab_size, "no more than there are"
+    with pytest.raises(ValueError, match="head = 'Known' is not supported"):
+        promoted(model, 3, 4, head="Known")  # else the other head would answer
+
+
+def test_an_attribution_is_numbers_without_a_graph(model):
+    hidden = model(torch.tensor(PROMPT)).hidden[0]
+    found = attribute(model, hidden, torch.tensor(PROMPT[0]))
+    assert not any(x.requires_grad for x in vars(found).values()), ".numpy() would fail"
 
 
 def test_the_nearest_concepts_exclude_itself_and_padding():
@@ -272,6 +281,8 @@ def test_a_concept_that_there_is_not_is_named(model, concept):
 def test_a_chunk_is_embedded_by_its_own_tokens_whatever_stands_beside_it(model):
     chunks = [PROMPT[0], PROMPT[1][:3], PROMPT[1], [5]]
     together = embed_chunks(model, chunks)
+    many = embed_chunks(model, 70 * chunks[:1])
+    close(many, together[:1].expand(70, -1), "more than are embedded at a time")
     for chunk, embedding in zip(chunks, together):
         known = model(torch.tensor([chunk])).known[0].mean(0)
         close(embedding, known / known.norm(), "the mean of its known features, of length 1")

@@ -66,6 +66,11 @@ def test_a_real_is_a_positive_number(name, value):
     assert str(error.value) == f"{name} = {value!r} is not supported; supported: a positive number"
 
 
+def test_the_mask_is_a_token_of_its_own():
+    with pytest.raises(ValueError, match="eos_token_id = 7 .* another id than mask_token_id"):
+        Config(eos_token_id=7, mask_token_id=7)  # else every mask would end a text
+
+
 @pytest.mark.parametrize("value", [-1, 100_281, True, "1", 1.0, None], ids=repr)
 @pytest.mark.parametrize("name", ["mask_token_id", "eos_token_id"])
 def test_a_token_id_lies_in_the_vocabulary(name, value):

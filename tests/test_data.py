@@ -230,6 +230,19 @@ def test_of_a_conversation_only_the_assistants_words_are_learnt(tmp_path):
                        torch.stack([stream.learnt[3:11], stream.learnt[:8]]))
 
 
+def test_every_window_of_long_questions_with_short_answers_has_something_to_learn(tmp_path):
+    turns = [{"role": "user", "content": "long words " * 60},
+             {"role": "assistant", "content": "Yes"}]
+    texts = Texts([a_file(tmp_path, 60 * (json.dumps({"messages": turns}) + "\n"), "chat.jsonl")],
+                  0, T=32)
+    for batch in (texts.held_out(8, 32), cut(*texts.windows(1, 50, 32), 32)):
+        assert batch.learnt.any(1).all(), "else a step has no loss, and a bound no token"
+        assert batch.learnt.float().mean() < 0.5 and batch.tokens.shape[1] == 32
+    only = a_file(tmp_path, json.dumps({"messages": turns[1:] + turns[:1] * 40}), "one.jsonl")
+    with pytest.raises(ValueError, match="have something to learn"):
+        Texts([only], 0, T=32)  # the only answer stands where it is trained on
+
+
 def test_two_conversations_that_say_the_same_are_two(tmp_path):
     line = {"messages": [{"role": "user", "content": "Who?"},
                          {"role": "assistant", "content": "Mara did, long before the others."}]}

@@ -194,6 +194,14 @@ def test_composed_is_hidden_where_epsilon_stays(model):
     assert torch.equal(composed[0], hidden[0]) and not torch.equal(composed[1], hidden[1])
 
 
+def test_rows_of_padding_are_never_injected(model):
+    """Of an embedding that is 0, a logit's worth is infinite; times "nowhere" that is no number."""
+    with torch.no_grad():
+        model.known_head.concept_embedding.weight[model.config.n_concepts:] = 0.0
+    found = losses(model, injected=INJECT)
+    assert all(x.isfinite() for x in found.values()), found
+
+
 def test_injecting_changes_the_state_and_adds_the_steering_losses(model):
     plain, steered = losses(model), losses(model, injected=INJECT)
     assert steered.keys() - plain.keys() == {"respond", "express"}

@@ -36,6 +36,14 @@ def test_a_chunk_of_the_training_data_is_found_again(found):
         assert chunk["like"][0]["cosine"] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_of_a_chunk_longer_than_the_context_the_beginning_is_compared():
+    model, tokenizer = load(device="cpu")
+    labels = Labels([], model.config.n_concepts, model.config.n_unknown_concepts)
+    long = " ".join([CORPUS[0]] * 200)
+    [chunk] = resemblances(model, tokenizer, labels, tokenizer.encode(CORPUS[0]), [long], n=1)
+    assert chunk["like"][0]["text"] == long and chunk["like"][0]["cosine"] > 0.5
+
+
 def test_the_corpus_is_what_the_bundled_model_was_trained_on_first():
     model, _ = load(device="cpu")
     texts = texts_of_world(model, steps=2)

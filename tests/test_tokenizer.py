@@ -124,13 +124,20 @@ def test_chunks_stand_on_lines_of_their_own_and_texts_apart(tiny):
     assert tiny.decode([eoc, *tiny.encode("\n "), eoc]) == "\n ", "its own blanks stay"
 
 
+def test_a_base_models_text_ends_at_the_first_hole(tiny):
+    a, b, mask = tiny.encode("ab"), tiny.encode("cd"), tiny.mask_token_id
+    assert tiny.decode([*a, mask, *b]) == "ab", "'cd' does not go on from 'ab'"
+    assert tiny.decode([mask, *b]) == "" and tiny.decode([*a, *b, mask, mask]) == "abcd"
+    assert tiny.decode([*a, mask, *b], specials=True) == "ab<|mask|>cd"
+
+
 def test_other_special_tokens_are_left_out_unless_asked_for(tiny):
     a, b = tiny.encode("ab"), tiny.encode("cd")
-    ids = [tiny.bos_token_id, *a, tiny.mask_token_id, *b, tiny.pad_token_id, tiny.eos_token_id]
+    ids = [tiny.bos_token_id, *a, tiny.pad_token_id, *b, tiny.pad_token_id, tiny.eos_token_id]
     assert tiny.decode(ids) == "abcd"
-    assert tiny.decode(ids, specials=True) == "<|bos|>ab<|mask|>cd<|pad|><|endoftext|>"
+    assert tiny.decode(ids, specials=True) == "<|bos|>ab<|pad|>cd<|pad|><|endoftext|>"
     both = tiny.encode("\u00e9")
-    assert tiny.decode([both[0], tiny.mask_token_id, both[1]]) == "\u00e9"
+    assert tiny.decode([both[0], tiny.pad_token_id, both[1]]) == "\u00e9"
 
 
 @pytest.mark.parametrize("wrong", [-1, 512, 10**9])

@@ -310,7 +310,7 @@ def test_stop_tokens_are_looked_for_in_new_text_after_a_window(model):
     ({"max_new_tokens": 0}, "0 new tokens"),
     ({"max_new_tokens": -3}, "-3 new tokens"),
     ({"max_new_tokens": 2.5}, "2.5 new tokens"),
-    ({"max_new_tokens": 121}, "121 new tokens after a prompt of 8 .* 128; between 1 and 120"),
+    ({"max_new_tokens": 121}, "121 new tokens after a prompt of 8 .*; whole numbers from 1 to 120"),
     ({"steps": 0}, "steps = 0"),
     ({"steps": 2.5}, "steps = 2.5"),
     ({"temperature": -1.0}, "temperature"),

@@ -28,11 +28,6 @@ def chunks(stories):
     return [chunk for story in stories for chunk in story.chunks]
 
 
-def count(text):
-    """A simple tokenizer, additive over words: a word or a punctuation mark is a token."""
-    return len(re.findall(r"\w+|[^\w\s]", text))
-
-
 def close_to_mean(samples, expected):
     """Whether a sample mean lies within 4 standard errors of the value expected."""
     return abs(mean(samples) - expected) < 4 * stdev(samples) / math.sqrt(len(samples))
@@ -270,11 +265,3 @@ def test_log_prob_can_be_worked_out_from_the_text_alone(stories):
 def test_entropy_is_the_mean_surprise(stories):
     assert close_to_mean([-story.log_prob for story in stories], world.entropy()), (
         "entropy() is exact, so a sample of -log_prob must average to it")
-
-
-@pytest.mark.parametrize("measure", [count, len, lambda text: text.count(" ")],
-                         ids=["words", "characters", "spaces"])
-def test_expected_tokens_is_the_mean_count(stories, measure):
-    samples = [sum(measure(chunk.text) for chunk in story.chunks) for story in stories]
-    assert close_to_mean(samples, world.expected_tokens(measure)), (
-        "exact, so sampled counts average to it; a chunk's first word has no space before it")

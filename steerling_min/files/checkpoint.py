@@ -149,8 +149,8 @@ def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: to
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
 
     The files are memory-mapped. On the CPU, in the stored dtype, the parameters *are* the mapped
-    file: nothing is copied, and a page is read when it is first used. With int8 each matrix is
-    quantized as soon as it is read.
+    file: nothing is copied. Each tensor is read once, to see that its numbers are finite. With int8
+    each matrix is quantized as soon as it is read.
     """
     found = match_tensors(model, weight_files(folder))
     require_memory(model, device, dtype, int8)

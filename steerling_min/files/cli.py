@@ -39,7 +39,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     """End the program with one line and status 2 when the user can put the error right.
 
     Such errors are: wrong values, wrong files, missing extras, an exercise of the course that is
-    still blank, and too little memory (`memory` says what needs less). A bug keeps its traceback.
+    still blank, and too little memory (`memory` says what needs less). Any other error keeps its
+    traceback.
     Ctrl-C ends the program with status 130. If the reader of its output goes away (`| head`), it
     ends with 141, the status of a process that SIGPIPE ends.
     """

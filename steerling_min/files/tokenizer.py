@@ -141,8 +141,10 @@ class Tokenizer:
         """Turn token ids into text.
 
         Between pieces of text, <|endofchunk|> becomes a line break, and <|endoftext|> or <|bos|> a
-        blank line. Other special tokens are left out. With `specials` all special tokens are
-        written as they are.
+        blank line. A base model's text ends at the first <|mask|>: what stands behind a hole does
+        not go on from what stands before it. (In an instruct model's turn, masks may stay before
+        <|eot_id|>.) Other special tokens are left out. With `specials` all tokens are written as
+        they are.
 
         Raises ValueError for an id that is not in the vocabulary.
         """
@@ -151,6 +153,8 @@ class Tokenizer:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")
         if specials:
             return self.encoding.decode(ids)
+        if self.mask_token_id in ids and not hasattr(self, "eot_id"):
+            ids = ids[:ids.index(self.mask_token_id)]
         text: list[bytes] = []
         gap = set()  # the special tokens since the last of the text
         for i in ids:

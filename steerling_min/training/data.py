@@ -16,7 +16,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +104,14 @@ def cut(stream: Stream, starts: Tensor, T: int) -> Batch:
     renumbered = torch.searchsorted(kept, apart).masked_fill(apart < 0, -1)
     return Batch(stream.tokens[at], renumbered, stream.labels[kept % max(1, N)],
                  stream.learnt.expand_as(stream.tokens)[at])
+
+
+def spread(stream: Stream, n: int, T: int) -> Tensor:
+    """The starts (n,) of n windows of T tokens, spread evenly over a stream. Each has a token that
+    is learnt, its last one (or an earlier one in the stream's first window)."""
+    ends = stream.learnt.expand_as(stream.tokens).nonzero()[:, 0]
+    starts = (ends + 1 - T).clamp(min=0).unique()
+    return starts[torch.linspace(0, len(starts) - 1, n, dtype=torch.float64).long()]
 
 
 def has_concepts(labels: Tensor, C: int) -> Tensor:
@@ -262,17 +270,20 @@ class Texts:
         held_out = torch.isin(part, chosen)  # (n,)
         self.training, self.rest = (Stream(tokens[part], chunks[part], concepts, learnt[part])
                                     for part in (~held_out, held_out))
-        if min(len(self.training.tokens), len(self.rest.tokens)) < T:
-            raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth of "
-                             f"them that is held out, and the rest, must fill a window of {T}")
+        for side in (self.training, self.rest):
+            if len(side.tokens) < T or not side.learnt.any():
+                raise ValueError(f"{', '.join(map(str, files))}: {n} tokens are too few; the tenth "
+                                 "of them that is held out, and the rest, must each fill a window "
+                                 f"of {T} and have something to learn")
 
     def windows(self, step: int | str, B: int, T: int) -> tuple[Stream, Tensor]:
         rng, last = random.Random(f"{self.seed} {step}"), len(self.training.tokens) - T
-        return self.training, torch.tensor([rng.randint(0, last) for _ in range(B)])
+        drawn = (rng.randint(0, last) for _ in count())
+        some = (start for start in drawn if self.training.learnt[start : start + T].any())
+        return self.training, torch.tensor([*islice(some, B)])
 
     def held_out(self, B: int, T: int) -> Batch:
-        starts = torch.linspace(0, len(self.rest.tokens) - T, B, dtype=torch.float64).long()
-        return cut(self.rest, starts, T)
+        return cut(self.rest, spread(self.rest, B, T), T)
 
 
 FIELDS = {"text", "concepts", "document", "messages"}

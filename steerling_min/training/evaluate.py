@@ -14,7 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 from statistics import fmean
 from typing import NamedTuple
 
@@ -29,7 +29,8 @@ from ..model import Steerling
 from ..steering import Steering
 from ..unmasking import generate
 from . import world
-from .data import Batch, Stream, count_tokens, endless_stories, first_stories, pack
+from .data import (Batch, Stream, count_tokens, endless_stories, first_stories, pack,
+                   spread)
 from .losses import lift_weights
 from .measures import (alignment, contribution, detection, in_named_words, look, separation,
                        share)
@@ -215,7 +216,7 @@ def topic_prompts(tokenizer: Tokenizer, n: int, before: str) -> Iterator[tuple[i
     about the topic ("same") or not ("other")."""
     rng = random.Random(HELD_OUT)
     for topic in range(len(TOPICS)):
-        firsts = (world.write_story(rng).chunks[0] for _ in iter(int, 1))  # without end
+        firsts = (world.write_story(rng).chunks[0] for _ in count())
         fitting = (chunk for chunk in firsts
                    if before == "neutral" or (topic in chunk.concepts) == (before == "same"))
         for _, chunk in zip(range(n), fitting):
@@ -330,14 +331,12 @@ def in_units(nats: float, tokens: Tensor, tokenizer: Tokenizer) -> dict[str, flo
 def bound_in_units(model: Steerling, tokenizer: Tokenizer, tokens: Tensor, learnt: Tensor,
                    samples: int) -> dict[str, float]:
     """The bound on those tokens of windows (B, T) that training learns, always with the same noise.
-    A window without any is left out."""
-    some = learnt.any(1)
-    tokens, learnt = tokens[some], learnt[some]
+    Each window must have one."""
     generator, nats = torch.Generator().manual_seed(0), 0.0
     for windows, asked in zip(tokens.split(8), learnt.split(8)):
         bound = likelihood_bound(model, windows.to(model.device), asked, samples, generator)
         nats += (bound.cpu() * asked.sum(1)).sum().item()
-    return in_units(nats / max(1, learnt.sum().item()), tokens[learnt], tokenizer)
+    return in_units(nats / learnt.sum().item(), tokens[learnt], tokenizer)
 
 
 def per_character(model: Steerling, tokenizer: Tokenizer, batch: Batch) -> float:
@@ -355,8 +354,8 @@ def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 
     detection and the contribution of concepts are measured, too.
     """
     C, T = model.config.n_concepts, model.config.block_size
-    n, last = min(n, len(rest.tokens) // T), len(rest.tokens) - T
-    at = torch.linspace(0, last, n, dtype=torch.float64).long()[:, None] + torch.arange(T)  # (n, T)
+    n = min(n, len(rest.tokens) // T)
+    at = spread(rest, n, T)[:, None] + torch.arange(T)  # (n, T)
     tokens, learnt = rest.tokens[at], rest.learnt.expand_as(rest.tokens)[at]
     found = bound_in_units(model, tokenizer, tokens, learnt, 2)
     labels = rest.labels.where(rest.labels < C, -1)  # without concepts that the model lacks

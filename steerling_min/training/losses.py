@@ -182,11 +182,12 @@ def known_forcing(progress: float) -> float:
 
 
 def unknown_forcing(progress: float) -> float:
-    """The same for the unknown side: 1 for the first 25% of training, then linearly to 0.5 at 50%.
+    """The same for the unknown side: 1 for the first 25% of training, then linearly down to 0.5 at
+    the end.
 
     See `compose` for why the trainer does not use it unless asked to.
     """
-    return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.25))
+    return 1.0 - 0.5 * min(1.0, max(0.0, (progress - 0.25) / 0.75))
 
 
 # ---- the steering losses -------------------------------------------------------------------------

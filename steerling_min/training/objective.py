@@ -3,7 +3,8 @@
     hidden = transformer(noisy windows, injections)
     known, unknown = the heads' features of hidden
     composed = hidden, or for the windows without epsilon: labels' and predicted features
-    token loss through composed; presence, reconstruction, independence; respond and express
+    token loss through composed; presence, reconstruction, independence, alignment
+    respond and express, where something is injected
 """
 
 from typing import NamedTuple
@@ -92,11 +93,12 @@ class Objective(nn.Module):
             # Detached: the model must learn to follow the direction; the direction must not learn
             # to please the model. Else the embeddings of concepts that are injected often come to
             # promote other tokens than those they name.
-            directions = F.normalize(embedding.detach(), dim=-1)  # (C, D)
-            per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (C,)
-            alpha = strength * per_logit[injected] * (injected >= 0)  # (B, T)
+            concepts, at = injected.clamp(min=0).unique(return_inverse=True)  # (n,), (B, T)
+            directions = F.normalize(embedding.detach()[concepts], dim=-1)  # (n, D)
+            per_logit = alpha_of(1.0, directions, model.transformer.tok_emb.weight).detach()  # (n,)
+            alpha = (strength * per_logit[at]).where(injected >= 0, 0.0)  # (B, T)
             injections = {default_layer(model.config.n_layers, toward=True):
-                          alpha[..., None] * directions[injected]}  # (B, T, D)
+                          alpha[..., None] * directions[at]}  # (B, T, D)
         # float(): products come out in bfloat16 under autocast; sums and losses stay in float32
         hidden = model.transformer(noisy, injections).float()  # (B, T, D)
 
@@ -129,9 +131,8 @@ class Objective(nn.Module):
                                   len(token_logits) if weighting == "none" else masked.numel()),
                   "reconstruction": RECONSTRUCTION * reconstruction_loss(
                       detached, at_masks, forced),
-                  # Known features are first scaled to mean square 1. Otherwise, the larger they
-                  # grew, the less of the hidden state independence would let the unknown head
-                  # reconstruct.
+                  # Scaled to mean square 1, so that this loss does not grow with the known
+                  # features' length and crowd out reconstruction.
                   "independence": INDEPENDENCE * independence_loss(
                       known / mean(known.detach().square()).sqrt().clamp(min=1e-6), detached)}
         if has_labels:

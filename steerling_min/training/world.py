@@ -170,62 +170,32 @@ def hero_of(sentence: str) -> str | None:
 
 # ---- the limit -----------------------------------------------------------------------------------
 
-def expected_over_story(sentence_value, draw_value) -> float:
-    """The expectation over stories of a sum with a term for every sentence and every draw.
-
-    It follows write_story: an introduction, a topic sentence and perhaps a mood in the first
-    chunk; a topic sentence, perhaps a mood and perhaps a form in each later one.
-
-    sentence_value(templates, nouns, first): expected term of a sentence, `first` in its chunk or
-    not. draw_value(probabilities): expected term of a draw among options of these probabilities.
-    """
-    topics, moods, forms = TOPICS.values(), MOODS.values(), FORMS.values()
-
-    def uniform(n):
-        return draw_value([1 / n] * n)
-
-    def over_kinds(kinds):  # a drawn mood or form, then its sentence; nouns of any topic
-        return uniform(len(kinds)) + mean(sentence_value(templates, nouns, False)
-                                          for templates in kinds for nouns, _ in topics)
-
-    def topic_sentence(first):
-        return mean(sentence_value(templates, nouns, first) for nouns, templates in topics)
-
-    mood = draw_value([MOOD, 1 - MOOD]) + MOOD * over_kinds(moods)
-    form = draw_value([FORM, 1 - FORM]) + FORM * over_kinds(forms)
-    switch = draw_value([KEEP_TOPIC, 1 - KEEP_TOPIC]) + (1 - KEEP_TOPIC) * uniform(len(topics) - 1)
-    first_chunk = (sentence_value([INTRO], [], True) + uniform(len(topics)) + topic_sentence(False)
-                   + mood)
-    later_chunk = switch + topic_sentence(True) + mood + form
-    names = sum(uniform(len(STORY_SLOTS[slot])) for slot in slots_of(INTRO))
-    return uniform(len(CHUNKS)) + names + first_chunk + (mean(CHUNKS) - 1) * later_chunk
-
 
 def entropy() -> float:
-    """The exact entropy of a story, in nats: the expectation of -log_prob."""
-    def sentence_value(templates, nouns, first):
+    """The exact entropy of a story, in nats: the expectation of -log_prob.
+
+    It follows write_story: an introduction, a topic sentence and perhaps a mood in the first
+    chunk; a topic sentence, perhaps a mood and perhaps a form in each later one. Each draw adds its
+    own entropy: ln n where n options are equally likely.
+    """
+    topics = TOPICS.values()
+
+    def coin(p):
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    def sentence(templates, nouns):
         drawn = (sum(math.log(len(fillers(slot, nouns))) for slot in slots_of(template)
                      if slot not in STORY_SLOTS) for template in templates)
         return math.log(len(templates)) + mean(drawn)
-    return expected_over_story(sentence_value, lambda p: -sum(q * math.log(q) for q in p))
 
+    def one_of(kinds):  # a drawn mood or form, then its sentence; nouns of any topic
+        return math.log(len(kinds)) + mean(sentence(templates, nouns) for nouns, _ in topics
+                                           for templates in kinds.values())
 
-def expected_tokens(count) -> float:
-    """The exact expected number of tokens of a story's chunks.
-
-    count(text) -> int counts the tokens of a piece of text. The counts of a template's pieces, its
-    slots and the text between them, are added up. This is right for tokenizers that split text into
-    words, each with the space before it.
-    """
-    def template_tokens(template, nouns, first):
-        pieces = re.split(r"( ?\{\w+\})", ("" if first else " ") + template)
-        total = 0.0
-        for piece in filter(None, pieces):
-            space, slot = re.fullmatch(r"( ?)(?:\{(\w+)\})?.*", piece).groups()
-            total += (count(piece) if slot is None
-                      else mean(count(space + filler) for filler in fillers(slot, nouns)))
-        return total
-
-    def sentence_value(templates, nouns, first):
-        return mean(template_tokens(template, nouns, first) for template in templates)
-    return expected_over_story(sentence_value, lambda p: 0.0)
+    about = mean(sentence(templates, nouns) for nouns, templates in topics)
+    mood, form = coin(MOOD) + MOOD * one_of(MOODS), coin(FORM) + FORM * one_of(FORMS)
+    switch = coin(KEEP_TOPIC) + (1 - KEEP_TOPIC) * math.log(len(topics) - 1)
+    first_chunk = sentence([INTRO], []) + math.log(len(topics)) + about + mood
+    later_chunk = switch + about + mood + form
+    names = sum(math.log(len(STORY_SLOTS[slot])) for slot in slots_of(INTRO))
+    return math.log(len(CHUNKS)) + names + first_chunk + (mean(CHUNKS) - 1) * later_chunk

@@ -46,7 +46,8 @@ def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: S
         elif token not in tokenizer.special_ids:
             chunks[-1].append(token)
     chunks = [chunk for chunk in chunks if chunk]
-    encoded = [tokenizer.encode(chunk) for chunk in corpus]
+    T = model.config.block_size  # what a longer chunk has beyond it is not embedded
+    encoded = [tokenizer.encode(chunk)[:T] for chunk in corpus]
     index, found = embed_chunks(model, encoded), []
     for chunk, embedding in zip(chunks, embed_chunks(model, chunks)):
         ids, cosines = resembling(embedding, index, n)
