@@ -78,12 +78,12 @@ PRINT_EVERY = 20     # seconds, where there is no terminal
 SAVE_EVERY = 60      # seconds
 
 SIZES = {  # what differs from Config.tiny()
-    "tiny": {},                                                                     # 1.2 M
+    "tiny": {},                                                                     # 1.4 M
     "small": {"n_layers": 8, "n_embd": 256, "n_head": 8},                           # 8 M
     "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
                "block_size": 512, "diff_block_size": 32},                           # 105 M
     "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
-              "block_size": 1024, "diff_block_size": 64, "factorize_rank": 128},    # 823 M
+              "block_size": 1024, "diff_block_size": 64},                           # 823 M
 }
 
 
@@ -194,7 +194,7 @@ def make_optimizer(model: Steerling) -> Muon:
     groups: list[dict] = [{"params": [], "orthogonal": orthogonal, "weight_decay": decay}
                           for orthogonal, decay in ((True, 0.1), (False, 0.1), (False, 0.0))]
     for p in model.parameters():
-        groups[2 if p.dim() == 1 else p not in inside or large]["params"].append(p)
+        groups[2 if p.dim() == 1 else 0 if p in inside and not large else 1]["params"].append(p)
     # `train` sets the learning rate; fused: one pass over each parameter
     optimizer = Muon(groups, betas=(0.9, 0.95), fused=True)
     for group in groups:  # before the first step, so that it can be saved from the start
@@ -459,8 +459,9 @@ def run(args: Namespace, this: Run) -> None:
     counted, _ = corpus.windows("counted", 200, T)
     history = train(prepare(model, corpus, counted, args, this, device), corpus, args, this)
     if RANK == 0:
-        if history:
+        if len(history) > 1:
             this.say(text_curve(history))
+        if history:
             alone, held_out = token_entropy(counted.tokens), history[-1]["held out"]
             if held_out > 0.9 * alone:
                 this.say("too short a run to judge its texts, concepts or explanations: held out "
