@@ -57,19 +57,11 @@ def page(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Sequence
     for token in explained["tokens"]:
         token["inputs"] = inputs[token["position"]]
     data = {"prompt": tokenizer.pieces(prompt), "steps": len(steps), "parts": PARTS,
-            "legend": legend(explained), "steered": steering is not None, **rounded(explained)}
+            "legend": legend(explained), "steered": steering is not None, **explained}
+    data = json.loads(json.dumps(data), parse_float=lambda x: round(float(x), 6))  # read by eyes
     put = {"TITLE": html.escape(tokenizer.decode(prompt)[:60] or "steerling_min"),
            "COLOURS": "".join(f" --{name}: light-dark({light}, {dark});"
                               for name, (light, dark) in COLOURS.items()),
            # "<" could end the script element; as an escape it is the same JSON
            "DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")}
     return re.sub("@([A-Z]+)@", lambda place: put[place[1]], TEMPLATE)
-
-
-def rounded(value):
-    """Floats anywhere in nested lists and dicts, to six digits: a page is read by eyes."""
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
