@@ -195,7 +195,7 @@ def test_without_a_rank_file_the_tokenizer_is_the_8bs(tiny_folder, tmp_path, mon
     assert asked == [instruct]
 
 
-@pytest.mark.parametrize("name, value", [("mask_token_id", 507), ("eos_token_id", 0),
+@pytest.mark.parametrize("name, value", [("mask_token_id", 506), ("eos_token_id", 0),
                                          ("vocab_size", 520)])
 def test_a_config_that_disagrees_with_the_tokenizer_is_refused(tiny_folder, tmp_path, name, value):
     folder = tmp_path / "copy"
