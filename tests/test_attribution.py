@@ -196,7 +196,7 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
     """On the bundled model: the attributions add up to logit(input) - logit(all masks)."""
     model, tokenizer = load()
     model.requires_grad_(False)
-    mask, rng, errors, finer = model.config.mask_token_id, random.Random(1), [], []
+    mask, rng, errors, coarse = model.config.mask_token_id, random.Random(1), [], []
     for _ in range(3):
         story = tokens_of(world.write_story(rng), tokenizer)
         L = rng.randint(20, 90)
@@ -205,12 +205,12 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
         logit = model(tokens[None]).logits[0, L, target]
         blind = model(torch.full_like(tokens, mask)[None]).logits[0, L, target]
         errors.append(abs(found.sum() / (logit - blind) - 1).item())
-        found = input_attribution(model, tokens, L, target, steps=64)
-        finer.append(abs(found.sum() / (logit - blind) - 1).item())
+        found = input_attribution(model, tokens, L, target, steps=4)
+        coarse.append(abs(found.sum() / (logit - blind) - 1).item())
         assert (found[L:] == 0).all() and (found[:L] != 0).all(), "exactly 0 at masks"
     assert max(errors) < 0.08, (
         f"off by {max(errors):.1%} of the logit's change, not within 8 %, with 32 steps")
-    assert sum(finer) < 0.7 * sum(errors), "a Riemann sum: twice the steps, half the error"
+    assert sum(errors) < 0.5 * sum(coarse), "a Riemann sum: the finer the steps, the nearer"
 
 
 def test_a_single_step_is_the_gradient_at_the_input_itself(model):
