@@ -13,7 +13,8 @@ from steerling_min.files.loading import TINY
 from steerling_min.files.tokenizer import RANK_FILE
 from steerling_min.training.data import (WORD, Stories, Stream, Texts, count_tokens, cut,
                                          has_concepts, pack, read_documents)
-from steerling_min.training.world import Chunk, recognise, split_sentences, write_story
+from steerling_min.training.world import (CONCEPTS, Chunk, recognise, split_sentences,
+                                          write_story)
 
 STORIES = Stories(seed=1)
 TOKENIZER = STORIES.tokenizer
@@ -88,6 +89,19 @@ def test_a_step_reads_the_same_stories_every_time_and_no_other_steps():
 def test_held_out_windows_are_fixed():
     a, b = STORIES.held_out(2, 64), STORIES.held_out(2, 64)
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.labels, b.labels)
+
+
+def test_held_out_windows_are_not_a_training_steps():
+    held_out = STORIES.held_out(2, 64).tokens.flatten()
+    for step in range(20):
+        stream, _ = STORIES.windows(step, 2, 64)
+        assert not torch.equal(stream.tokens[:128], held_out), f"step {step} learns what is judged"
+
+
+def test_topics_moods_and_forms_are_injected_more_readily_also_into_a_models_own_numbers():
+    stories = Stories(0, TOKENIZER, [Label(0, "something older")])
+    often = {label.name for label, x in zip(stories.labels, stories.injected) if x > 1}
+    assert often == {x.name for x in CONCEPTS if x.group in ("topic", "mood", "form")}
 
 
 def test_counts_are_per_concept_and_in_all():
@@ -315,10 +329,16 @@ def test_of_a_few_long_chunks_one_is_held_out(tmp_path):
 def test_the_same_lines_are_held_out_every_time(tmp_path):
     """Else a run that goes on would be judged by lines that it has learnt."""
     file, found = labelled(tmp_path, [["a"]] * 500), []
-    for seed in (1, 2):
+    for seed in (1, 2):  # the run's seed, too: --evaluate does not know it
         torch.manual_seed(seed)
-        found.append(Texts([file], 0, T=64).rest.tokens)
+        found.append(Texts([file], seed, T=64).rest.tokens)
     assert torch.equal(*found)
+
+
+def test_another_seed_reads_other_windows_of_a_text(tmp_path):
+    file = labelled(tmp_path, [[]] * 500)
+    one, two = (Texts([file], seed, T=64).windows(7, 8, 64)[1].tolist() for seed in (1, 2))
+    assert one != two
 
 
 def test_labels_of_several_files_share_their_names(tmp_path):

@@ -21,6 +21,18 @@ def test_alone_they_are_the_plain_sum_and_mean():
     assert agreed(5.0, x.device) == 5.0
 
 
+def test_blocks_compute_in_the_runs_dtype_and_gradients_are_averaged_in_float32(monkeypatch):
+    found = {}
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *args: "mesh")
+    monkeypatch.setattr(distributed, "fully_shard",
+                        lambda module, mesh, mp_policy=None: found.update({module: mp_policy}))
+    block, whole = torch.nn.Linear(2, 2), torch.nn.Linear(3, 3)
+    distributed.shard(whole, [block], torch.bfloat16, torch.device("cpu"))
+    assert list(found) == [block, whole], "the blocks first, then what is left"
+    assert (found[block].param_dtype, found[block].reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert found[whole] is None, "embeddings and heads stay in float32"
+
+
 def test_wrong_words_in_the_environment_are_no_number(monkeypatch):
     monkeypatch.setenv("RANK", "abc")
     monkeypatch.setenv("WORLD_SIZE", "0")
