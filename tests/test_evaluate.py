@@ -590,6 +590,15 @@ def test_what_is_not_learnt_costs_nothing_and_is_no_token(monkeypatch):
     assert per_character(model, BYTES, batch) == 1.0
 
 
+def test_a_window_counts_by_its_tokens_that_are_learnt(monkeypatch):
+    monkeypatch.setattr(evaluate, "likelihood_bound",
+                        lambda model, tokens, asked, *rest: tokens[:, 0].float())
+    tokens = torch.tensor([[4, 97, 97, 97], [2, 97, 97, 97]])
+    learnt = torch.tensor([[True, False, False, False], [True, True, True, False]])
+    found = evaluate.bound_in_units(SimpleNamespace(device="cpu"), BYTES, tokens, learnt, 1)
+    assert found["bound, nats per token"] == 2.5, "(1 x 4 + 3 x 2) / 4, not (4 + 2) / 2"
+
+
 def test_only_what_is_learnt_is_masked_and_measured():
     torch.manual_seed(0)
     tokens, learnt = torch.arange(64) % 256, torch.arange(64) % 4 == 0
@@ -613,7 +622,7 @@ def test_concepts_of_a_text_are_detected_where_they_are():
     assert found["detection: macro AUC"] == 1.0
     assert found["... concepts left out: in no chunk, or in all"] == 1
     assert 0 < found["contribution: known + discovered (Eq. 22)"] < 1
-    others = measure_text(model, BYTES, Stream(tokens, chunks, labels.where(labels < 0, 2)))
+    others = measure_text(model, BYTES, Stream(tokens, chunks, labels.where(labels < 0, 5)))
     assert len(others) == 3, "a concept that the model lacks cannot be detected"
 
 

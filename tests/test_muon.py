@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import close
 
+from steerling_min.training import muon
 from steerling_min.training.muon import SIZE, Muon, orthogonal
 
 
@@ -29,8 +30,8 @@ def test_orthogonal_of_nothing_is_nothing():
 
 
 def steps(gradients, decay=0.0, orthogonal=True, lr=0.1):
-    """Where a matrix of ones (12, 12) is after a step along each gradient."""
-    p = torch.nn.Parameter(torch.ones(12, 12))
+    """Where a matrix of ones is after a step along each gradient."""
+    p = torch.nn.Parameter(torch.ones(gradients[0].shape))
     optimizer = Muon([{"params": [p], "orthogonal": orthogonal}], lr=lr, weight_decay=decay,
                      betas=(0.9, 0.95))
     if orthogonal:
@@ -41,8 +42,9 @@ def steps(gradients, decay=0.0, orthogonal=True, lr=0.1):
     return p.detach(), optimizer.state[p]
 
 
-def test_the_size_of_a_step_follows_from_the_learning_rate_alone():
-    gradient = torch.randn(12, 12, generator=rng())
+@pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8)], ids=str)
+def test_the_size_of_a_step_follows_from_the_learning_rate_alone(shape):
+    gradient = torch.randn(shape, generator=rng())
     (small, _), (large, _) = steps([0.001 * gradient]), steps([1000 * gradient])
     close(small, large, "only the gradient's directions count")
     size = (small - 1).square().mean().sqrt().item()
@@ -66,6 +68,23 @@ def test_the_running_mean_of_gradients_is_kept_between_steps():
     ahead = 0.05 * second + 0.95 * mean
     close(two, one - 0.1 * SIZE * math.sqrt(12) * orthogonal(ahead), "Nesterov: the mean, and once "
           "more a part of the gradient", atol=1e-5)
+
+
+@pytest.mark.parametrize("n, processes", [(3, 2), (2, 4), (5, 3)])
+def test_every_matrix_is_made_orthogonal_by_one_of_the_processes(monkeypatch, n, processes):
+    """Each is asked alone: what the others would add to its sums is missing."""
+    monkeypatch.setattr(muon, "totals", lambda tensors: tensors)
+    monkeypatch.setattr(muon, "WORLD", processes)
+    moved = torch.zeros(n)
+    for rank in range(processes):
+        monkeypatch.setattr(muon, "RANK", rank)
+        matrices = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(n)]
+        optimizer = Muon([{"params": matrices, "orthogonal": True}], lr=0.1, weight_decay=0.0)
+        for p in matrices:
+            p.grad, optimizer.state[p] = torch.eye(4), {"exp_avg": torch.zeros(4, 4)}
+        optimizer.step()
+        moved += torch.tensor([float((p != 1).any()) for p in matrices])
+    assert moved.tolist() == [1.0] * n
 
 
 def test_other_groups_take_adamws_steps():

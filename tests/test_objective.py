@@ -8,6 +8,7 @@ import torch
 from conftest import CONFIG, close
 
 from steerling_min import Steerling
+from steerling_min.training import objective
 from steerling_min.training.data import Batch, has_concepts
 from steerling_min.training.losses import (alignment_loss, compose, independence_loss,
                                            known_forcing, presence_loss, reconstruction_loss)
@@ -200,6 +201,14 @@ def test_rows_of_padding_are_never_injected(model):
         model.known_head.concept_embedding.weight[model.config.n_concepts:] = 0.0
     found = losses(model, injected=INJECT)
     assert all(x.isfinite() for x in found.values()), found
+
+
+def test_processes_are_joined_by_what_each_loss_is_a_mean_of(model, monkeypatch):
+    counts = []
+    monkeypatch.setattr(objective, "joined", lambda loss, count: (counts.append(count), loss)[1])
+    losses(model)
+    losses(model, without=("mean",))
+    assert counts == [MASKED.sum(), MASKED.numel()], "1/t weights: a mean over all tokens"
 
 
 def test_injecting_changes_the_state_and_adds_the_steering_losses(model):
