@@ -358,6 +358,7 @@ AFTER = {file + ".py": [f"tests/test_{name}.py" for name in names.split()] for f
     "quantize": "checkpoint sample",
     "run": "train_tiny", "sampling": "unmasking cache",
     "steering": "unmasking cache attribution objective sample", "tokenizer": "data loading sample",
+    "train_tiny": "run distributed data evaluate",
     "unmasking": "cache device steering attribution evaluate sample",
     "watch": "sample", "world": "data evaluate", "writing": "checkpoint page run"}.items()}
 OWN = {"functions": "course", "__main__": "course"}  # whose tests have another name
