@@ -335,7 +335,7 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
 # ---- other people's texts ------------------------------------------------------------------------
 
 
-def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
+def test_plain_text_trains_without_labels_and_says_so(run, tmp_path, monkeypatch):
     text = "\n\n".join(f"This is paragraph {i} of many." for i in range(400))
     (tmp_path / "a.txt").write_text(text)
     out = run("--steps", 5, "--text", tmp_path / "a.txt", "--vocab", 300)
@@ -348,6 +348,26 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path):
     assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
         per_character, rel=0.2)
     assert "bits per byte" in out and out.count("--- sample") == 3
+    measured = []
+    monkeypatch.setattr(train_tiny, "measure_text",
+                        lambda model, tokenizer, rest: measured.append(rest) or {})
+    run("--text", tmp_path / "a.txt", "--evaluate", tmp_path / "out")
+    ids = measured[0].tokens.tolist()
+    assert tokenizer.decode(ids).endswith("paragraph 399 of many."), "not what was trained on"
+    assert len(ids) < 0.11 * len(tokenizer.encode(text)), "the last tenth"
+
+
+def test_each_process_needs_room_for_its_own_windows_only(run, monkeypatch):
+    asked = []
+
+    def room(B, *rest):
+        asked.append(B)
+        raise ValueError("no room")
+    monkeypatch.setattr(train_tiny, "WORLD", 2)
+    monkeypatch.setattr(train_tiny.dist, "init_process_group", lambda *arguments: None)
+    monkeypatch.setattr(train_tiny, "require_room", room)
+    assert "no room" in run("--steps", 1, "--batch", 4, status=2)
+    assert asked == [2], "of the four windows of a step"
 
 
 def test_labelled_lines_train_their_concepts(run, tmp_path):
