@@ -288,6 +288,13 @@ def test_a_blank_function_is_not_solved_whatever_its_tests_say(run, little):
     assert "norm is still blank" in run("check", "norm")[0]
 
 
+def test_a_blanks_line_that_stays_as_a_comment_is_no_blank(run, root, attempt):
+    run("start", "norm")
+    line = 'raise NotImplementedError("exercise: norm")'
+    attempt("norm.py", line, f"return x  # {line}")
+    assert course.state(EXERCISES["norm"]) == "started", "something is written there"
+
+
 def test_a_test_waits_for_a_blank_that_comes_later(run, little):
     little("""
 def test_mine():

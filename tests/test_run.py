@@ -96,14 +96,21 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkey
         assert json.loads(f.metadata()["run"])["step"] == 6
 
 
+def seconds_of(folder):
+    with safe_open(folder / STATE, framework="pt") as f:
+        return json.loads(f.metadata()["run"])["seconds"]
+
+
 def test_a_run_that_goes_on_adds_to_its_seconds(run, tmp_path):
-    def seconds():
-        with safe_open(tmp_path / "out" / STATE, framework="pt") as f:
-            return json.loads(f.metadata()["run"])["seconds"]
     run("--steps", 30)
-    before = seconds()
+    before = seconds_of(tmp_path / "out")
     run("--resume", "--steps", 31)
-    assert before < seconds() < 2 * before, "one step more, not the only one"
+    assert before < seconds_of(tmp_path / "out") < 2 * before, "one step more, not the only one"
+
+
+def test_a_minute_is_sixty_seconds(run, tmp_path):
+    run("--minutes", 0.02)
+    assert seconds_of(tmp_path / "out") >= 1.2
 
 
 def a_run(tmp_path):

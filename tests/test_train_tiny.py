@@ -357,6 +357,13 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path, monkeypatch
     assert len(ids) < 0.11 * len(tokenizer.encode(text)), "the last tenth"
 
 
+def test_processes_agree_on_when_to_save(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_tiny, "agreed", lambda x, device: (asked.append(x), x)[1])
+    run("--steps", 10)  # each fifth step is logged, and it is time to save
+    assert sum(x is True for x in asked) == 2, "clocks differ, and all must take part in a save"
+
+
 def test_each_process_needs_room_for_its_own_windows_only(run, monkeypatch):
     asked = []
 
