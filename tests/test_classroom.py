@@ -318,7 +318,8 @@ def test_grading_leaves_the_submissions_and_the_original_as_they_are(small, subm
 @pytest.fixture
 def two(small, submissions):
     """Two students who have shortened the list of what was handed out, each in a way of his own."""
-    folders = [submissions / "right", submissions / "wrong once"]
+    folders = [submissions / "right", submissions / "right of another"]
+    shutil.copytree(submissions / "wrong once", folders[1], dirs_exist_ok=True)
     for folder, names in zip(folders, ("norm\n", "alpha\nanything\n")):
         (folder / "steerling_min" / "course").mkdir(exist_ok=True)
         (folder / "steerling_min" / "course" / "handed_out.txt").write_text(names)

@@ -288,6 +288,20 @@ def test_a_blank_function_is_not_solved_whatever_its_tests_say(run, little):
     assert "norm is still blank" in run("check", "norm")[0]
 
 
+def test_the_original_is_saved_before_its_file_is_blanked(run, root, monkeypatch):
+    file, calls, real = root / "steerling_min" / "norm.py", [], course.write
+
+    def full(path, text):
+        calls.append(path)
+        if len(calls) > 1:
+            raise OSError("no space left")
+        real(path, text)
+    monkeypatch.setattr(course, "write", full)
+    before = file.read_text(encoding="utf-8")
+    assert run("start", "norm")[0] == 2
+    assert file.read_text(encoding="utf-8") == before, "the function must not be lost"
+
+
 def test_a_blanks_line_that_stays_as_a_comment_is_no_blank(run, root, attempt):
     run("start", "norm")
     line = 'raise NotImplementedError("exercise: norm")'
