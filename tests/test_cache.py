@@ -1,8 +1,10 @@
 """The cache: it writes what recomputing everything writes, and computes few blocks."""
 
+import dataclasses
+
 import pytest
 import torch
-from conftest import MODES, PROMPT
+from conftest import CONFIG, MODES, PROMPT
 
 from steerling_min import generate, unmask, unmasking
 from steerling_min.attention import KVCache
@@ -79,6 +81,12 @@ def test_the_cached_way_gives_the_plain_logits_and_computes_few_blocks(model, L,
         "a step's work does not grow with the length of the text, but for the one after an "
         "injection's end under guidance")
     assert sorted(computed)[len(computed) // 2] <= 2 * S, "a window overlaps two blocks at most"
+
+
+def test_without_grouping_the_cache_has_room_for_every_head():
+    config = dataclasses.replace(CONFIG, n_kv_heads=None)  # then each query head has its own
+    cache = KVCache.empty(config, 2, 8, torch.float32, torch.device("cpu"))
+    assert cache.k.shape == cache.v.shape == (config.n_layers, 2, config.n_head, 8, config.head_dim)
 
 
 def test_the_plain_way_recomputes_everything_at_every_step(model):

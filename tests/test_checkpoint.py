@@ -348,6 +348,20 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, model, fails, monkeypat
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", WEIGHTS]
 
 
+def test_a_save_that_fails_at_a_later_file_puts_none_in_its_place(tmp_path, model, monkeypatch):
+    saved = []
+
+    def full_disk(state, file, **kwargs):
+        if saved:
+            raise OSError("No space left on device")
+        saved.append(save_file(state, file, **kwargs))
+    monkeypatch.setattr(checkpoint, "SHARD", 10_000)
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path / "new")
+    assert saved and not list((tmp_path / "new").iterdir()), "half a checkpoint is none"
+
+
 def test_saving_over_a_sharded_checkpoint_is_refused(sharded, model):
     before = sorted(sharded.iterdir())
     with pytest.raises(ValueError, match=INDEX):
