@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from steerling_min.files.cli import printable
+
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="pipes and /dev/full are POSIX's")
 
@@ -21,6 +23,11 @@ def shell(body, command):
 
 @POSIX
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_only_what_is_left_out_becomes_dots():
+    assert printable("a" * 80) == "a" * 80 and printable("a" * 81) == "a" * 80 + "..."
+    assert printable("ab\n", 2) == "ab..." and printable("a\n", 2) == "a\\n"
+
+
 def test_an_output_that_is_full_is_one_line():
     found = shell("print('text')", '"$P" -c "$CODE" > /dev/full')
     assert found.returncode == 2 and found.stderr == "x.py: [Errno 28] No space left on device\n", (

@@ -54,6 +54,11 @@ def test_the_nested_block_size_is_not_the_context_length():
         config_from_dict(data)
 
 
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(CONFIG)), encoding="utf-8-sig")
+    assert read_config(tmp_path / "config.json") == CONFIG, "some editors write one"
+
+
 @pytest.mark.parametrize("config", [
     Config.steerling_8b(), Config.tiny(), CONFIG,
     dataclasses.replace(CONFIG, n_kv_heads=None, intermediate_size=40, clip_qkv=None,

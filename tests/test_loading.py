@@ -214,6 +214,14 @@ def test_a_device_that_is_not_there_is_named(tiny_folder, device):
         load(tiny_folder, device)
 
 
+def test_gpus_are_counted_from_0(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device 'cuda:2' is not available here"):
+        pick_device("cuda:2")
+
+
 @pytest.mark.parametrize("there, best, trained", [
     ({"cuda", "mps"}, "cuda", "cuda"), ({"mps"}, "mps", "cpu"), (set(), "cpu", "cpu")])
 def test_auto_takes_a_gpu_for_large_models_only(monkeypatch, there, best, trained):

@@ -46,6 +46,7 @@ def test_the_page_needs_nothing_from_elsewhere(written):
 def test_no_text_can_become_markup(written):
     text = written[3]
     assert "<script>alert" not in text and text.count("</script>") == 2
+    assert "<" not in re.search(r'id="data">(.*?)</script>', text, re.S)[1], "<!-- hides"
     assert " & </script>" in str(data_of(text)["tokens"]), "nor any label"
     assert "".join(data_of(text)["prompt"]) == PROMPT + "<|endofchunk|>", "yet all of it is there"
     assert "<title>The &lt;script&gt;alert(&quot;old&quot;)&lt;/script&gt; &amp; @DATA@ caf" in text

@@ -111,6 +111,7 @@ def test_a_chat_follows_the_template_and_ends_where_the_answer_begins(tiny):
         "<|start_header_id|>user<|end_header_id|>\n\nHi <|eot_id|><|endofchunk|><|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert ids.count(instruct.eot_id) == 2, "text that looks like a special token is text"
+    assert instruct.encode_chat([("user", "")]).count(instruct.eot_id) == 1, "empty turns end, too"
     with pytest.raises(ValueError, match="a chat needs an instruct model"):
         tiny.encode_chat([("user", "Hi")])
 

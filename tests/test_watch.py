@@ -67,6 +67,11 @@ def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
     assert colours == set(module.COLOURS), "from the first step's to the last step's"
 
 
+def test_a_piece_keeps_its_colour_where_the_line_is_broken():
+    lines = lines_of([("plain ", None), ("one two", 61)], 10)
+    assert len(lines) == 2 and all("\x1b[38;5;61m" in line for line in lines), lines
+
+
 def test_a_tokens_colour_tells_its_step_dark_for_early_ones():
     tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
     step = Step(torch.tensor([[97, 98, 99, 100]]), (torch.tensor([2]),), (torch.tensor([99]),),
