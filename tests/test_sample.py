@@ -210,6 +210,8 @@ def test_strengths_are_in_logits_on_both_sides_of_0():
     names = Labels([Label(0, "sea"), Label(1, "snow")], 2, 6)
     toward, away = (sample.steering_of([words], names, 3.0) for words in ("sea=4", "snow=-4"))
     assert toward == Steering.amplify(0, 4.0)
+    odd = Labels([Label(0, "a=b")], 2, 6)
+    assert sample.steering_of(["a=b=4"], odd, 3.0) == toward, "the last = ends a name"
     assert away == Steering.unlearn(1, (), -4.0, 3.0, logit_units=True), (
         "raw numbers are made for the 8B's embeddings")
 
@@ -499,6 +501,7 @@ def test_a_search_that_finds_nothing_says_what_there_is(search):
     assert "--find xyzzy: no label has these words, and no concept promotes one of them" in said
     assert f"; 3 of {KNOWN} known concepts have labels" in said
     assert "; the 8B's come with: hf download" in refusal(search("xyzzy", labels=None))
+    assert f"--find {KNOWN}: no label" in refusal(search(KNOWN)), "the numbers end before"
     for nothing in ("", "  "):
         assert "--find: give words to look for, or a concept's number" in refusal(search(nothing))
 
