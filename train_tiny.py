@@ -193,8 +193,10 @@ def make_optimizer(model: Steerling) -> Muon:
     inside = {*model.transformer.blocks.parameters(), *model.unknown_head.parameters()}
     groups: list[dict] = [{"params": [], "orthogonal": orthogonal, "weight_decay": decay}
                           for orthogonal, decay in ((True, 0.1), (False, 0.1), (False, 0.0))]
+    inner, outer, norms = groups
     for p in model.parameters():
-        groups[2 if p.dim() == 1 else 0 if p in inside and not large else 1]["params"].append(p)
+        group = norms if p.dim() == 1 else inner if p in inside and not large else outer
+        group["params"].append(p)
     # `train` sets the learning rate; fused: one pass over each parameter
     optimizer = Muon(groups, betas=(0.9, 0.95), fused=True)
     for group in groups:  # before the first step, so that it can be saved from the start

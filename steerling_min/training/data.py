@@ -110,7 +110,7 @@ def spread(stream: Stream, n: int, T: int) -> Tensor:
     """The starts (n,) of n windows of T tokens, spread evenly over a stream. Each has a token that
     is learnt, its last one (or an earlier one in the stream's first window)."""
     ends = stream.learnt.expand_as(stream.tokens).nonzero()[:, 0]
-    starts = (ends + 1 - T).clamp(min=0).unique()
+    starts = (ends + 1 - T).clamp(min=0).unique_consecutive()  # they ascend
     return starts[torch.linspace(0, len(starts) - 1, n, dtype=torch.float64).long()]
 
 
@@ -240,9 +240,10 @@ class Texts:
                  tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
         """Read the files, encode them, and hold a tenth out.
 
-        T: length of a window in tokens; the held-out tenth must fill one. vocab: most tokens of a
-        new vocabulary. tokenizer, labels: given if a model is trained further. They are its own
-        tokenizer and the labels of all its known concepts; new concepts come after these.
+        T: length of a window in tokens; the held-out tenth and the rest must each fill one. vocab:
+        most tokens of a new vocabulary. tokenizer, labels: given if a model is trained further.
+        They are its own tokenizer and the labels of all its known concepts; new concepts come after
+        these.
 
         Raises ValueError or OSError with one line that names the file (and line) and what is wrong.
         """

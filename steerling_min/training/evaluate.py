@@ -29,7 +29,7 @@ from ..model import Steerling
 from ..steering import Steering
 from ..unmasking import generate
 from . import world
-from .data import (Batch, Stream, count_tokens, endless_stories, first_stories, pack,
+from .data import (Batch, Stream, count_tokens, cut, endless_stories, first_stories, pack,
                    spread)
 from .losses import lift_weights
 from .measures import (alignment, contribution, detection, in_named_words, look, separation,
@@ -355,11 +355,10 @@ def measure_text(model: Steerling, tokenizer: Tokenizer, rest: Stream, n: int = 
     """
     C, T = model.config.n_concepts, model.config.block_size
     n = min(n, len(rest.tokens) // T)
-    at = spread(rest, n, T)[:, None] + torch.arange(T)  # (n, T)
-    tokens, learnt = rest.tokens[at], rest.learnt.expand_as(rest.tokens)[at]
+    tokens, chunks, labels, learnt = cut(rest, spread(rest, n, T), T)
     found = bound_in_units(model, tokenizer, tokens, learnt, 2)
-    labels = rest.labels.where(rest.labels < C, -1)  # without concepts that the model lacks
-    stream = Stream(tokens.flatten(), rest.chunks[at].flatten(), labels, learnt.flatten())
+    labels = labels.where(labels < C, -1)  # without concepts that the model lacks
+    stream = Stream(tokens.flatten(), chunks.flatten(), labels, learnt.flatten())
     named = torch.zeros(n * T, dtype=torch.bool)
     clean, uniform = (look(model, stream, named, t, n) for t in (0, None))
     if (clean.labels.any(0) & ~clean.labels.all(0)).any():
