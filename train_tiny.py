@@ -60,13 +60,18 @@ from steerling_min.training.muon import Muon
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
 from steerling_min.training.run import Run, parse_options
 
-STEPS = 10_000       # unless --steps or --minutes says otherwise
+STEPS = 15_000       # unless --steps or --minutes says otherwise
 VOCAB = 1024         # of a text
 WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
 TEXT_DROPOUT = 0.1   # the same for --text, which takes longer to learn than the tiny world
+# The share of tokens in the windows without epsilon that are to be predicted from known concepts
+# alone. Otherwise the unknown features say all that must be said, and a word's concept stays silent
+# at its own word. The labels of a text do not name its words, so this is done in the tiny world
+# only.
+ALONE = 0.2
 # The share of their gradient that the concepts' logits pass on to the backbone. If all of it passes
 # on, a model of a text learns no language, and then no concepts either. Example: Tiny Shakespeare,
 # cut into 15 parts, each part a concept, after 3,500 steps. With all of the gradient it ended at
@@ -231,13 +236,15 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     dropout = 0.0 if "dropout" in args.without else dropout
     dropped = torch.rand(B, generator=generator) < dropout
     concepts, strength = draw_injections(batch, corpus.injected, generator)
+    alone = torch.rand(B, T, generator=generator) < (ALONE if isinstance(corpus, Stories) else 0.0)
     labelled = stream.labels.shape[1] > 0
     steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)
     share = cut(stream, starts[mine], T)  # cut again: a process numbers the chunks of its windows
     # only at masked positions, as in sampling
     injected = concepts.masked_fill(~masked, -1)[mine] if steering else None
-    return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], injected, strength[mine])
+    return Draws(share, noisy[mine], masked[mine], t[mine], dropped[mine], alone[mine], injected,
+                 strength[mine])
 
 
 def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Namespace, run: Run,

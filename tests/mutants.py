@@ -258,7 +258,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("noisy-OR as a product, which underflows",
          "log_no.new_zeros(N, logits.shape[-1]).index_add(0, chunks[inside], log_no)",
          "log_no.new_zeros(N, logits.shape[-1]).index_add(0, chunks[inside], log_no).exp().log()"),
-        ("presence: one mean over all pairs", "mean(-present[labels]) + mean(-absent[~labels])",
+        ("presence: one mean over all pairs", "mean(-present[labels]) + absence * mean("
+         "-absent[~labels])",
          "mean(-torch.where(labels, present, absent))"),
         ("epsilon is kept where it is to be dropped",
          "torch.where(dropped[..., None], forced_known",

@@ -11,6 +11,7 @@ import torch
 from conftest import CONFIG
 
 from steerling_min import Config, Steerling, Steering, load
+from steerling_min.attribution import Attribution
 from steerling_min.files.tokenizer import RANK_FILE, Tokenizer
 from steerling_min.training import evaluate, world
 from steerling_min.training.data import Batch, Stories, Stream, endless_stories, pack
@@ -305,6 +306,33 @@ def test_each_row_is_measured_at_its_own_noise(measured, row, expected):
     assert measured[0][row] == pytest.approx(expected), row
 
 
+def test_of_what_the_model_writes_each_token_counts_with_the_step_that_wrote_it(monkeypatch):
+    """Two texts by hand: " Mara" and " the" with shares 1/2, 1/4, 1/4 and 1, 0, 0; then " Juno"."""
+    asked = []
+    mara, the, juno = (TOKENIZER.encode(word)[0] for word in (" Mara", " the", " Juno"))
+    texts = [([mara, the], [[2., -1, 1], [3, 0, 0]]), ([juno], [[0., 1, -3]])]
+
+    def unmask(model, prompts, n, *, align, repetition_penalty, seed):
+        asked.append((prompts, n, align, repetition_penalty, seed))
+        return iter([seed])
+
+    def attribute_text(model, steps):
+        ids, parts = texts[steps[0]]
+        known, unknown, epsilon = torch.tensor(parts).T[..., None]
+        none = torch.zeros(len(ids), 1, dtype=torch.int64)
+        return None, Attribution(torch.tensor(ids), none, known, none, unknown, epsilon[:, 0])
+    monkeypatch.setattr(evaluate, "unmask", unmask)
+    monkeypatch.setattr(evaluate, "attribute_text", attribute_text)
+    found = evaluate.written(None, TOKENIZER, 2)
+    assert asked == [([[TOKENIZER.bos_token_id]], 128, True, 1.0, seed) for seed in (0, 1)], (
+        "written as the samples are: windows aligned, no repetition penalty")
+    assert found == pytest.approx({
+        "contribution to what the model writes: known": (1 / 2 + 1 + 0) / 3,
+        "... known, at content words that it writes": (1 / 2 + 0) / 2,  # not at " the"
+        "... discovered, to what it writes": (1 / 4 + 0 + 1 / 4) / 3,
+        "... epsilon, to what it writes": (1 / 4 + 0 + 3 / 4) / 3})
+
+
 def test_alignment_counts_tokens_that_are_twice_as_likely_in_held_out_chunks(monkeypatch, measured):
     """"space" has words that no other topic has; that they are lifted was counted in stories."""
     asked = []
@@ -489,7 +517,7 @@ def test_every_measure_has_a_row(capsys):
     assert len(lines) == 2 + len(MEASURES) and all(line.count("|") == 6 for line in lines)
     assert "| sentences in the grammar | ≥ 97% |  | 50.0% | 25.0% |" in lines
     assert "| detection: macro AUC | ≥ 0.98 | 0.962 | 0.5000 | 0.2500 |" in lines
-    assert "| ... epsilon | ≤ 16% | 12.4% (one text) | 50.0% | 25.0% |" in lines
+    assert "| ... epsilon, to what it writes | ≤ 16% | 12.4% (one text) | 50.0% | 25.0% |" in lines
     assert "| ... t = 0.5 | ≤ 2 points |  | 0.50 points | 0.25 points |" in lines
 
 
@@ -499,7 +527,9 @@ def test_an_evaluation_fills_the_table_and_says_how_far_it_is(tmp_path, monkeypa
     TOKENIZER.save(tmp_path / RANK_FILE)
     answer(monkeypatch, lambda prompt, n, steering: " Mara smiled all the way home. A")
     monkeypatch.setattr(evaluate, "likelihood_bound", lambda *args: torch.tensor([1.0]))
-    whole, read = evaluate.look, evaluate.load
+    whole, read, unmask = evaluate.look, evaluate.load, evaluate.unmask
+    monkeypatch.setattr(evaluate, "unmask", lambda model, prompts, n, **options: unmask(
+        model, prompts, 2, **options))
     monkeypatch.setattr(evaluate, "load", lambda folder, device, dtype: (
         dtypes.append(dtype), read(folder, device, dtype))[1])
     dtypes = []
@@ -512,8 +542,8 @@ def test_an_evaluation_fills_the_table_and_says_how_far_it_is(tmp_path, monkeypa
     assert found.keys() == MEASURES.keys(), "each row once, and nothing without a row"
     assert dtypes == [torch.float32], "measured in full precision, whatever the device prefers"
     groups = re.findall(rf"{tmp_path}: (\w+) ... \d+ s\n", capsys.readouterr().err)
-    assert groups == ["language", "likelihood", "concepts", "steering", "resemblance"], (
-        "a line for each group")
+    assert groups == ["language", "likelihood", "concepts", "attribution", "steering",
+                      "resemblance"], "a line for each group"
 
 
 def test_the_bundled_model_is_the_trained_one():

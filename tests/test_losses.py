@@ -55,8 +55,11 @@ def test_presence_is_cross_entropy_with_positives_and_negatives_averaged_apart()
                 positives.append(-math.log(P))
             else:
                 negatives.append(-math.log(1 - P))
-    expected = sum(positives) / len(positives) + sum(negatives) / len(negatives)
-    assert presence_loss(logits, CHUNKS, LABELS).item() == pytest.approx(expected, abs=1e-9)
+    present, absent = sum(positives) / len(positives), sum(negatives) / len(negatives)
+    for absence in (1.0, 8.0):
+        found = presence_loss(logits, CHUNKS, LABELS, absence).item()
+        assert found == pytest.approx(present + absence * absent, abs=1e-9)
+    assert presence_loss(logits, CHUNKS, LABELS).item() == found, "by default negatives count 8"
 
 
 def test_presence_survives_long_chunks_and_sure_tokens():
@@ -64,7 +67,7 @@ def test_presence_survives_long_chunks_and_sure_tokens():
     for tokens, logit in ((4096, 15.0), (4096, -15.0), (1, 15.0), (1, -15.0)):
         chunks = torch.zeros(1, tokens, dtype=torch.int64)
         logits = torch.full((1, tokens, 2), logit, requires_grad=True)
-        loss = presence_loss(logits, chunks, torch.tensor([[True, False]]))
+        loss = presence_loss(logits, chunks, torch.tensor([[True, False]]), absence=1.0)
         loss.backward()
         assert math.isfinite(loss.item()) and logits.grad.isfinite().all()
         absent = -tokens * math.log1p(math.exp(logit))  # in float64
@@ -74,7 +77,7 @@ def test_presence_survives_long_chunks_and_sure_tokens():
 
 def test_without_labels_only_the_negatives_cost():
     logits = normal(B, T, C)
-    loss = presence_loss(logits, CHUNKS, LABELS & False)
+    loss = presence_loss(logits, CHUNKS, LABELS & False, absence=1.0)
     close(loss, -log_absent(logits, CHUNKS, 4).mean(),
           "all pairs are negative, and the mean of no positives is 0")
 
@@ -122,9 +125,9 @@ def test_independence_moves_the_unknown_side_only():
 def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all():
     counts = torch.tensor([[8.0, 1, 1], [75, 10, 15], [30, 30, 40], [20, 1, 79]])
     # Shares in all chunks: 0.2, 0.01, 0.79. Lifts of the first: 4, 10, 0.1; of the last: 1.5, ...
-    a, b = 0.8 * math.log(4 / 2), 0.1 * math.log(10 / 2)
+    a, b = 0.8 * math.log(4 / 2) ** 3, 0.1 * math.log(10 / 2) ** 3
     close(lift_weights(counts)[0], torch.tensor([a, b, 0.0]) / (a + b),
-          "share times the log of lift over 2; what is lifted less than twice counts nothing")
+          "share times the cubed log of lift over 2; what is lifted less than twice counts 0")
     assert (lift_weights(torch.tensor([[3, 3, 4], [30, 30, 40]])) == 0).all(), "nothing is lifted"
 
 

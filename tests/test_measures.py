@@ -151,7 +151,7 @@ def test_a_chunk_has_a_concept_unless_all_of_its_tokens_say_no():
 def marked(text, tokenizer):
     """The tokens of a text that stand in a word which a concept names."""
     ids = torch.tensor([tokenizer.bos_token_id, *tokenizer.encode(text)])
-    named = in_named_words(Stream(ids, torch.zeros_like(ids), torch.tensor([[0]])), tokenizer)
+    named = in_named_words(ids, tokenizer)
     assert len(named) == len(ids) and not named[0], "<|bos|> is no word"
     return [tokenizer.decode([i]) for i, yes in zip(ids.tolist(), named.tolist()) if yes]
 
@@ -161,6 +161,14 @@ def test_content_tokens_stand_in_words_that_a_concept_names():
     assert marked(text, TOKENIZER) == [
         "Mara", " danced", " paper", " map", " astronauts", " Juno", " tiny", " star"], (
         "both words of a pair; 'map' alone is no concept; function words and '.' are not content")
+
+
+def test_content_tokens_are_found_between_parts_of_letters():
+    """A model writes tokens, not letters: one that has hardly learnt writes a half of one."""
+    mara, half = TOKENIZER.encode(" Mara"), TOKENIZER.encode("é")[:1]
+    assert TOKENIZER.decode(half) != "é", "the first of its two bytes"
+    named = in_named_words(torch.tensor([*half, *half, *mara, *half]), TOKENIZER)
+    assert named.tolist() == [False, False, True, False]
 
 
 def test_a_word_of_several_tokens_is_content_as_a_whole():

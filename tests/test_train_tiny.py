@@ -92,6 +92,15 @@ def test_fewer_windows_of_ones_own_text_are_without_epsilon(tmp_path):
     dropped = torch.cat([draws(0.5, step=step, corpus=corpus).dropped for step in range(12)])
     assert dropped.float().mean().item() == pytest.approx(train_tiny.TEXT_DROPOUT, abs=0.04), (
         "language takes longer to learn there, and windows without epsilon teach little of it")
+    assert not draws(0.5, corpus=corpus).alone.any(), "its labels do not name its words"
+
+
+def test_known_concepts_stand_alone_at_a_share_of_the_tokens():
+    alone = draws(0.5).alone
+    assert alone.float().mean().item() == pytest.approx(train_tiny.ALONE, abs=0.01)
+    rows = alone.float().mean(1)
+    assert rows.min() > 0.1 and rows.max() < 0.3, "token by token, not window by window"
+    assert torch.equal(alone, draws(0.9).alone) and not torch.equal(alone, draws(0.5, step=2).alone)
 
 
 def test_the_trainer_says_when_a_run_was_too_short_to_mean_anything(run, tmp_path, monkeypatch):

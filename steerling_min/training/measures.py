@@ -14,6 +14,7 @@ Letters, besides those of `config.py`: N chunks, M masked tokens.
 
 import re
 from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from statistics import fmean
 from typing import NamedTuple
 
@@ -80,11 +81,12 @@ def look(model: Steerling, stream: Stream, named: Tensor, t: float | None, n: in
     return Seen(*(torch.cat(x).cpu() for x in zip(*found)))
 
 
-def in_named_words(stream: Stream, tokenizer: Tokenizer) -> Tensor:
-    """Which tokens of a stream stand in a word, or pair of words, that a concept names: bool."""
-    text, starts = tokenizer.encoding.decode_with_offsets(stream.tokens.tolist())
+def in_named_words(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Which tokens (n,) of a text stand in a word, or pair of words, that a concept names: bool."""
+    pieces = tokenizer.encoding.decode_tokens_bytes(tokens.tolist())  # perhaps parts of letters
+    starts = list(accumulate(map(len, pieces), initial=0))[:-1]
     named = torch.zeros(len(starts), dtype=torch.bool)
-    for word in re.finditer(rf"\b({'|'.join(WORDS.values())})\b", text):
+    for word in re.finditer(rf"\b({'|'.join(WORDS.values())})\b".encode(), b"".join(pieces)):
         named[bisect_right(starts, word.start()) - 1 : bisect_left(starts, word.end())] = True
     return named
 

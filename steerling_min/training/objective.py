@@ -28,9 +28,9 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # to language. When their gradients reached the backbone, independence at 50 instead of 1 cost 0.27
 # nats on held-out text after 5,000 steps. Alignment is strong, because the token loss would have a
 # concept promote the words beside its own, too: with alignment at 4, one concept in ten did.
-EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 64.0, 3.0, 12.0
+EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 96.0, 3.0, 12.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
-STRENGTHS = (3.0, 14.0)  # of the injections, in logit units, around what `Steering.amplify` uses
+STRENGTHS = (4.0, 18.0)  # of the injections, in logit units, around what `Steering.amplify` uses
 
 PARTS = {  # parts that a run can leave out, to show what each is good for
     "dropout": "residual dropout; epsilon is in every window",
@@ -54,6 +54,7 @@ class Draws(NamedTuple):
     masked: Tensor            # (B, T) bool, where
     t: Tensor                 # (B, T), the noise level of each token's block, 0 to 1
     dropped: Tensor           # (B,) bool, the windows without epsilon
+    alone: Tensor             # (B, T) bool, the tokens that lack the unknown features there, too
     injected: Tensor | None   # (B, T) int64, the concept whose direction is injected; -1 for none;
                               # None: no steering losses yet
     strength: Tensor          # (B, T), how strongly, in logit units
@@ -85,7 +86,7 @@ class Objective(nn.Module):
     def forward(self, draws: Draws, progress: float) -> dict[str, Tensor]:
         """Compute the losses by name: scalars, already times their weights. Their sum is the loss.
         progress, 0 to 1, drives the schedules."""
-        batch, noisy, masked, t, dropped, injected, strength = draws
+        batch, noisy, masked, t, dropped, alone, injected, strength = draws
         model, without = self.model, self.without
         embedding = model.known_head.concept_embedding.weight
         injections = {}
@@ -113,6 +114,7 @@ class Objective(nn.Module):
         detached = unknown_features(model.unknown_head, at_masks.detach())  # (M, D)
         unknown = detached.index_put((without_epsilon,), unknown_features(
             model.unknown_head, at_masks[without_epsilon]))
+        unknown = unknown.masked_fill(alone[masked][:, None], 0.0)
         labelled = labelled_features(batch, embedding)[masked].float()  # (M, D)
         # A concept that the data never label may still be present, so what is predicted for it is
         # kept.
