@@ -64,8 +64,8 @@ def parser() -> Parser:
         "off entropy sampling, in which each token's entropy sets it")
     add("--top-p", type=float, metavar="P",
         help=f"nucleus of every draw (default: {DEFAULTS['top_p']})")
-    add("--repetition-penalty", type=float, metavar="X", help="makes what stands in the text "
-        f"already less likely; 1 = off (default: {DEFAULTS['repetition_penalty']})")
+    add("--repetition-penalty", type=float, metavar="X", help="makes tokens that the text "
+        f"already has less likely; 1 = off (default: {DEFAULTS['repetition_penalty']})")
     add("--allow-eos", action=argparse.BooleanOptionalAction, help="let the text end by "
         "itself (default: no; with --order global always)")
     add("--order", choices=["window", "global"], default="window",
@@ -90,8 +90,8 @@ def parser() -> Parser:
         "the 8B, in the hub's cache)")
 
     add("--resembles", type=Path, nargs="?", const=WORLD, metavar="FILE", help="the training "
-        "chunks that each chunk of the (first) text is most like: FILE's, as train_tiny.py --text "
-        "reads it (default: the tiny world's stories)")
+        "chunks that each chunk of the (first) text is most like: FILE's, plain text or "
+        ".jsonl as for train_tiny.py --text (default: the tiny world's stories)")
 
     add = p.add_argument_group("output").add_argument
     add("--watch", action="store_true", help="see the text being unmasked")
@@ -100,8 +100,8 @@ def parser() -> Parser:
         "each token's concepts, inputs and step (tracing inputs takes a while)")
     add("--svg", type=Path, metavar="FILE",
         help="write an animation of the (first) text's unmasking")
-    add("--score", action="append", metavar="TEXT", help="write nothing; the log-likelihood of "
-        "TEXT after the prompt, in nats; several times to compare")
+    add("--score", action="append", metavar="TEXT", help="write nothing; a lower bound on the "
+        "log-likelihood of TEXT after the prompt, in nats; several times to compare")
 
     add = p.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="checkpoint folder, or a hub id that has been downloaded "
@@ -213,8 +213,9 @@ def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str,
          discovered: bool = False) -> None:
     """Print the concepts that a query means, best first, and the tokens that each promotes.
 
-    They are the concept of that number, and those whose labels have words of it; where there are
-    none, those that promote one of its words. Discovered concepts are left out unless asked for.
+    A query means the concept of that number, and the concepts whose labels have its words. If there
+    are none, it means those that promote one of its words. Discovered concepts are left out unless
+    asked for.
     """
     heads = {"known": labels.n_known}
     if discovered:

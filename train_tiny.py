@@ -62,7 +62,7 @@ from steerling_min.training.run import Run, parse_options
 
 STEPS = 15_000       # unless --steps or --minutes says otherwise
 VOCAB = 1024         # of a text
-WARMUP = 100         # steps until the peak learning rate; half a cosine down to 0 follows
+WARMUP = 100         # steps of linear warm-up, times half a cosine down to 0
 EMBEDDING_STD = 0.2  # initial: of the tokens' and the known concepts' embeddings
 CONCEPT_NORM = 3.0   # length of the known concepts' first embeddings
 DROPOUT = 0.3        # residual dropout: the share of windows without epsilon (Guide Labs: some 0.1)
@@ -72,10 +72,10 @@ TEXT_DROPOUT = 0.1   # the same for --text, which takes longer to learn than the
 # at its own word. The labels of a text do not name its words, so this is done in the tiny world
 # only.
 ALONE = 0.2
-# The share of their gradient that the concepts' logits pass on to the backbone. If all of it passes
-# on, a model of a text learns no language, and then no concepts either. Example: Tiny Shakespeare,
-# cut into 15 parts, each part a concept, after 3,500 steps. With all of the gradient it ended at
-# 2.25 nats per character and AUC 0.55; with a tenth, at 1.79 and 0.79.
+# The share of the gradient of the concepts' logits that reaches the backbone. If all of it does, a
+# model of a text learns no language, and then no concepts either. Example: Tiny Shakespeare, cut
+# into 15 parts, each part a concept, after 3,500 steps. With all of the gradient it ended at 2.25
+# nats per character and AUC 0.55; with a tenth, at 1.79 and 0.79.
 PULL, TEXT_PULL = 1.0, 0.1
 STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
@@ -88,7 +88,7 @@ SIZES = {  # what differs from Config.tiny()
     "medium": {"n_layers": 12, "n_embd": 768, "n_head": 12, "n_kv_heads": 4,
                "block_size": 512, "diff_block_size": 32},                           # 105 M
     "large": {"n_layers": 24, "n_embd": 1536, "n_head": 16, "n_kv_heads": 4,
-              "block_size": 1024, "diff_block_size": 64},                           # 823 M
+              "block_size": 1024, "diff_block_size": 64},                           # 824 M
 }
 
 
@@ -152,8 +152,8 @@ def first_weight(name: str, shape: torch.Size, config: Config) -> Tensor:
         return torch.ones(shape)
     # With embeddings of standard deviation 0.02 the first branches compute vectors smaller than
     # sqrt(norm_eps). Their norms damp such vectors instead of normalising them. With 0.2 the loss
-    # after 300 steps was 3.5, not 4.6. The known concepts' embeddings are to matter beside them
-    # (1,000 steps: 2.6, not 2.8).
+    # after 300 steps was 3.5, not 4.6. The known concepts' embeddings get 0.2, too, so that they
+    # count beside the tokens' (1,000 steps: 2.6, not 2.8).
     embeds = name in ("transformer.tok_emb.weight", "known_head.concept_embedding.weight")
     return torch.randn(shape) * (EMBEDDING_STD if embeds else initial_std(name, config.n_layers))
 
@@ -254,7 +254,7 @@ def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Na
     """
     config = model.config
     if RANK == 0 and not counted.labels.shape[1]:
-        run.say("no labels: the presence loss, teacher forcing and steering losses are off")
+        run.say("no labels: presence, alignment, teacher forcing and steering losses are off")
     spoken = torch.arange(config.n_concepts)
     if args.init:  # only those of its concepts that occur in the data: few of the 8B's 33,732
         spoken = torch.tensor(sorted(corpus.ids), dtype=torch.int64)
@@ -340,7 +340,7 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
 def parse_args() -> Namespace:
     p = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
-    p.add_argument("--minutes", type=float, help="train for so long instead of --steps")
+    p.add_argument("--minutes", type=float, help="train for this long instead of --steps")
     p.add_argument("--steps", type=int, help=f"training steps (default: {STEPS})")
     p.add_argument("--batch", type=int, default=8, help="windows per step, over all processes")
     p.add_argument("--lr", type=float, default=6e-3,
@@ -361,7 +361,7 @@ def parse_args() -> Namespace:
     p.add_argument("--top", type=int, default=64, metavar="N",
                    help="learn the N most frequent of its concepts of each type (default: 64)")
     p.add_argument("--vocab", type=int, metavar="N",
-                   help=f"tokens that are learnt from --text, at most (default: {VOCAB})")
+                   help=f"largest vocabulary to learn from --text (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
     p.add_argument("--resume", action="store_true",
@@ -459,7 +459,7 @@ def run(args: Namespace, this: Run) -> None:
     corpus = make_corpus(args, T, tokenizer, labels)
     model = model or make_model(args.size, corpus)
     add_concepts(model, len(corpus.labels))
-    require_room(args.batch // WORLD, model.config, device)
+    require_room(args.batch // WORLD, model.config, device, args.recompute)
     if RANK == 0:
         size = sum(p.numel() for p in model.parameters())
         this.say(f"{size:,} parameters on {WORLD} x {device}; {args.batch} windows of {T} tokens a "
@@ -497,10 +497,11 @@ def token_entropy(tokens: Tensor) -> float:
     return torch.distributions.Categorical(tokens.bincount().float()).entropy().item()
 
 
-def require_room(B: int, config: Config, device: torch.device) -> None:
+def require_room(B: int, config: Config, device: torch.device, recompute: bool) -> None:
     """Raise ValueError where a step's B windows cannot fit on the device: each layer keeps at least
-    ten numbers as wide as its state, in float32, until the backward pass."""
-    need = 40 * B * config.block_size * config.n_layers * config.n_embd
+    ten numbers as wide as its state, in float32, until the backward pass; or, to compute the others
+    again, one."""
+    need = (4 if recompute else 40) * B * config.block_size * config.n_layers * config.n_embd
     if need > (free := free_memory(device)):
         raise ValueError(f"--batch {B * WORLD}: a step takes over {need / 1e9:.0f} GB; "
                          f"{free / 1e9:.0f} GB are free on {device}")

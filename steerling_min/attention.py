@@ -111,10 +111,10 @@ class Attention(nn.Module):
                 cache: KVCache | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
 
-        c_attn gives q, then k, then v, each head after head; all three are clamped to +- clip_qkv
-        (unless None), q and k then normalised over d and rotated. With a cache (this layer's part
-        of it), k and v go through its `update`, and Tk is the cached positions plus T; else T.
-        Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
+        c_attn gives q, then k, then v, each as head after head. All three are clamped to +-
+        clip_qkv (unless None). Then q and k are normalised over d and rotated. With a cache (this
+        layer's part of it), k and v go through its `update`, and Tk is the cached positions plus T;
+        else T. Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
         through c_proj.
         """
         B, T, D = x.shape

@@ -1,8 +1,8 @@
 """Attribution: why a token was written. From concepts to the token, and from the prompt to it.
 
-A logit is a sum (`iguide.py`), so what each concept did for a token can simply be read off, at the
-step in which the token was committed: `unmask` hands the hidden states of that step on. A pass over
-the finished text would answer another question, as it sees tokens that were masks at the time.
+A logit is a sum (`iguide.py`), so what each concept did for a token can be read off at the step
+that committed the token: `unmask` passes on the hidden states of that step. A pass over the
+finished text would answer another question, as it sees tokens that were masks at the time.
 """
 
 from collections import defaultdict
@@ -112,10 +112,10 @@ def chunk_attribution(found: Attribution) -> ChunkAttribution:
     mass = n * (found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs())  # (n,)
     heads = []
     for ids, contributions in ((found.known_ids, found.known), (found.unknown_ids, found.unknown)):
-        shares: dict[int, float] = defaultdict(float)
+        sums: dict[int, float] = defaultdict(float)
         for c, share in zip(ids.ravel().tolist(), (contributions / mass[:, None]).ravel().tolist()):
-            shares[c] += share
-        heads.append(dict(sorted(shares.items(), key=lambda item: -abs(item[1]))))
+            sums[c] += share
+        heads.append(dict(sorted(sums.items(), key=lambda item: -abs(item[1]))))
     return ChunkAttribution(heads[0], heads[1], (found.epsilon.abs() / mass).sum().item())
 
 
@@ -156,7 +156,8 @@ def average_inputs(attributions: Tensor, scope: Tensor) -> Tensor:
     """How much several tokens together owe to each input: input attributions (n, T) -> (T,).
 
     Each token's attributions are divided by their absolute sum over the inputs in scope (T,) bool,
-    such as the prompt; then they are averaged. Inputs out of scope get 0.
+    such as the prompt; then they are averaged. Inputs out of scope get 0. (This is the official
+    package's summary; no command here prints it.)
     """
     inside = attributions * scope
     return (inside / inside.abs().sum(1, keepdim=True).clamp(min=1e-12)).mean(0)

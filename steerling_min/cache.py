@@ -23,8 +23,8 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
     Attention is causal across blocks, so keys and values of the blocks before the first mask are
     final. Once a pass has computed them without masks, they are read from the cache. For the same
     reason the blocks after the last position asked for cannot influence it, and are left out.
-    (Injections act on masked positions, and final blocks have no masks. Under guidance they can
-    have some, those of the hidden prompt: see `unmasking.asked_logits`.)
+    (Injections act on masked positions, and final blocks have no masks. Under guidance the prompt
+    is masked, so final blocks can have some: see `unmasking.asked_logits`.)
 
     With S = 4, a prompt of 6, seven new tokens and the window [6, 10) filled in the order 8, 6, 9,
     7:

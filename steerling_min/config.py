@@ -129,8 +129,8 @@ class Config:
         for name in ("start_header_id", "end_header_id"):
             require(getattr(self, name) is None or self.eot_id is not None, name,
                     getattr(self, name), "null where eot_id is null")
-        require(self.known_topk <= self.n_concepts, "topk_known_features", self.known_topk,
-                f"at most n_concepts = {self.n_concepts}")
+        require(self.known_topk <= self.n_concepts, "topk_known_features or topk_known",
+                self.known_topk, f"at most n_concepts = {self.n_concepts}")
         require(self.unknown_topk <= self.n_unknown_concepts, "unknown_topk", self.unknown_topk,
                 f"at most n_unknown_concepts = {self.n_unknown_concepts}")
 

@@ -64,19 +64,20 @@ def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = No
 
     It goes block by block, as text is written: earlier blocks are clean, later ones unseen. Tokens
     of the block that are not asked about (of a conversation, the user's) are clean, too. Imagine
-    that the other n are written one by one, in a random order. When m of them are still masked, the
-    next one costs, on average, the mean of the m cross-entropies. A whole order costs the sum of
-    these means over m = n, ..., 1, which is n times their average. So one drawn m, with m random
-    tokens masked, gives the estimate n/m times the sum of their cross-entropies. A block's samples
-    are averaged, blocks are added up, and the sum is divided by the row's tokens asked about.
+    that the n asked about are written one by one, in a random order. When m of them are still
+    masked, the next one costs, on average, the mean of the m cross-entropies. A whole order costs
+    the sum of these means over m = n, ..., 1, which is n times their average. So one drawn m, with
+    m random tokens masked, gives the estimate n/m times the sum of their cross-entropies. A block's
+    samples are averaged, blocks are added up, and the sum is divided by the row's tokens asked
+    about.
 
     Why is it a bound? The block's probability is the mean of p over all orders. The mean of -log p
     is never less than -log of that mean (Jensen). So this bounds a writer with a random order. The
-    sampler, surest first, is another distribution. The bound is the same as with "1/t" (LLaDA,
-    arXiv 2502.09992, equation 6), but counting masks has less variance than drawing t. The m of a
-    block's samples are spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) / samples),
-    at most n, with one u ~ U(0, 1) for each row. Draws are made block by block, u first, and only
-    where something is asked: a longer text does not change those of its first blocks.
+    sampler writes the surest first: another distribution. The bound is the same as with "1/t"
+    (LLaDA, arXiv 2502.09992, equation 6), but counting masks has less variance than drawing t. The
+    m of a block's samples are spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) /
+    samples), at most n, with one u ~ U(0, 1) for each row. Draws are made block by block, u first,
+    and only where something is asked: so a longer text has the same draws in its first blocks.
 
     The concept heads are not needed: with epsilon, composed = hidden.
     Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, by default all; samples, the

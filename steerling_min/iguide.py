@@ -2,7 +2,7 @@
 
     hidden = known + unknown + epsilon
 
-`known` is a weighted sum of the embeddings of a few concepts that were named in training.
+`known` is a weighted sum of the embeddings of a few concepts that were named before training.
 `unknown` is the same over concepts that the model found by itself. They may be named afterwards.
 (Guide Labs now calls them *discovered*; code and checkpoints keep `unknown`.) `epsilon` is
 *defined* as what the two leave unexplained.

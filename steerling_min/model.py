@@ -59,7 +59,7 @@ class Steerling(nn.Module):
         injection (B, T, D): added to the residual stream after every block from inject_layer on,
         counted from 1.
 
-        Raises ValueError, naming the argument, if an argument is not valid.
+        Raises ValueError for tokens, or an intervention, that are not valid.
         """
         require_tokens("tokens", tokens, self.config)
         injections = {} if injection is None else {inject_layer: injection}

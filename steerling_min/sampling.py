@@ -205,16 +205,16 @@ def spread_steps(lengths: list[int], steps: int | None) -> list[int]:
 
 
 def commits_per_step(m: int, s: int) -> list[int]:
-    """How many of a window's m tokens each of its s steps commits: m // s, the first m % s one
-    more."""
+    """How many of a window's m tokens each of its s steps commits: m // s, and one more in each of
+    the first m % s."""
     return [m // s + (i < m % s) for i in range(s)]
 
 
 def windows(L: int, new: int, S: int, align: bool) -> list[tuple[int, int]]:
     """Cut the new positions [L, L + new) into windows of S, filled from left to right.
 
-    Counted from the prompt's end; with `align`, cut at the edges of the attention blocks (the
-    first window is then shorter unless L is such an edge).
+    They are counted from the prompt's end. With `align` they are cut at the attention blocks' edges
+    (the first is then shorter, unless L is such an edge).
     """
     first = S - L % S if align else S
     edges = [L, *range(L + first, L + new, S), L + new]

@@ -37,7 +37,7 @@ class Suppression(NamedTuple):
 
     id: int
     strength: float
-    logit_units: bool = False  # strength logits off the most promoted token; else the factor of
+    logit_units: bool = False  # True: logits off the most promoted token; False: a factor of
                                # relu(tok_emb . embedding)
 
 
@@ -59,10 +59,10 @@ class Steering:
                 cutoff_tokens: int | None = 32) -> "Steering":
         """The official preset that brings concepts out.
 
-        strength is in logits: how far the logit of the token that the direction promotes most would
-        rise, if the injection were added once, to the final state. (It is added after every layer
-        from `layer` on, and the sum is normalised at the end: the logit moves by less or more.)
-        layer None is `default_layer`: min(8, max(1, n_layers // 4)) for a strength above 0.
+        strength is in logits. Take the token that the direction promotes most: its logit would rise
+        by so much if the injection were added once, to the final state. (It is added after every
+        layer from `layer` on, and the sum is normalised at the end: the logit moves by less or
+        more.) layer None is `default_layer`: min(8, max(1, n_layers // 4)) for a strength above 0.
         """
         ids = (ids,) if isinstance(ids, int) else tuple(ids)
         return cls(injections=(Injection(ids, strength, layer, True, cutoff_tokens),))
@@ -73,12 +73,13 @@ class Steering:
                 logit_units: bool = False) -> "Steering":
         """Keep a concept out, in two ways at once.
 
-        First, the direction of the concept and its group is injected with a negative strength,
-        until the text ends. Second, the logits of the tokens that the concept itself promotes are
-        lowered; the group's are not. The defaults are UNLEARN and SUPPRESS, in logits of the most
-        promoted token: they suit any model. A number that you give is raw: alpha, and the factor of
-        relu(tok_emb . embedding). With logit_units=True it is in logits, too. The official preset
-        is raw, -7 and 20, made for the 8B. layer None is n_layers // 2, at least 1.
+        First, the direction of the concept and its group is injected with a negative strength (a
+        positive one would amplify), until the text ends. Second, the logits of the tokens that the
+        concept itself promotes are lowered; the group's are not. The defaults are UNLEARN and
+        SUPPRESS, in logits of the most promoted token: they suit any model. A number that you give
+        is raw: alpha, and the factor of relu(tok_emb . embedding). With logit_units=True it is in
+        logits, too. The official preset is raw, -7 and 20, made for the 8B. layer None is n_layers
+        // 2, at least 1.
         """
         ids = tuple(dict.fromkeys((id, *group)))
         push, lower = ((default if x is None else x, logit_units or x is None)
@@ -121,7 +122,7 @@ class Steerer:
         config, tok_emb = model.config, model.transformer.tok_emb.weight  # (V, D)
         check(steering, config)
         if steering.injections or steering.suppressions:
-            tok_emb = tok_emb.float()  # a copy of a big matrix, in half precision: only if needed
+            tok_emb = tok_emb.float()  # in half precision this copies a big matrix: only if needed
 
         def embeddings(*ids):
             return model.known_head.concept_embedding.weight[list(ids)].float()  # (n, D)

@@ -67,8 +67,8 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     The sequence is the prompt and then masks, filled window by window. In each step the masked
     positions of the window where the model is most confident are committed, each with a token
     sampled from its own distribution. A committed token is never revised, with one exception: the
-    end of a text or of a turn overwrites all to its right. (A window is what is being filled, a
-    block is who sees whom.)
+    end of a text or of a turn overwrites all to its right. (A window is what is being filled; a
+    block decides who sees whom.)
 
     prompt_tokens: (B, L); L may be 0. Row b equals its own single run. With a confidence threshold
         rows fill a window at different speeds; the next window begins when all have. A row that has

@@ -82,7 +82,7 @@ def test_a_token_id_lies_in_the_vocabulary(name, value):
     ({"n_head": 24}, "n_head = 24 .* a divisor of n_embd = 4096"),
     ({"n_head": 4096}, "n_head = 4096 .* even quotient"),
     ({"n_kv_heads": 5}, "n_kv_heads = 5 .* a divisor of n_head = 32"),
-    ({"n_concepts": 31}, "topk_known_features = 32 .* at most n_concepts = 31"),
+    ({"n_concepts": 31}, "topk_known_features or topk_known = 32 .* at most n_concepts = 31"),
     ({"n_unknown_concepts": 127}, "unknown_topk = 128 .* at most n_unknown_concepts = 127"),
     ({"start_header_id": 7}, "start_header_id = 7 .* null where eot_id is null"),
     ({"end_header_id": 7}, "end_header_id = 7 .* null where eot_id is null"),

@@ -318,7 +318,7 @@ def test_needs_more():
 """)
     run("start", "mask")
     code, out, _ = run("check", "norm")
-    assert code == 0 and "norm: solved" in out and "Blank are mask: go in the order" in out
+    assert code == 0 and "norm: solved" in out and "Still blank: mask. Work in the order" in out
     assert "1 passed, 1 skipped" in out and "waits for the exercise mask" in out
 
 
@@ -329,7 +329,7 @@ def test_a_test_does_not_wait_for_a_blank_that_comes_before(run, root, little):
         "    RMSNorm(2, 0.1)(torch.ones(2))\n")
     run("start", "norm")
     code, out, _ = run("check", "mask")
-    assert code == 1 and "Blank are norm" in out
+    assert code == 1 and "Still blank: norm" in out
     assert "exercise: norm" in out, "which says what to write first"
 
 

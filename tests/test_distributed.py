@@ -66,5 +66,5 @@ def test_two_processes_share_one_mean_and_its_gradient(tmp_path):
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_what_is_no_finite_number_is_not_trained_on(value):
-    with pytest.raises(ValueError, match="no finite number"):
+    with pytest.raises(ValueError, match="not a finite number"):
         put(torch.zeros(2), torch.tensor([1.0, value]))

@@ -1,6 +1,7 @@
 """The three README pages keep their word: files, lengths, commands and numbers are true."""
 
 import io
+import json
 import re
 import runpy
 import shlex
@@ -119,6 +120,8 @@ def test_its_ablations_leave_out_parts_that_exist():
 
 def test_its_counts_are_right():
     assert f"# {len(EXERCISES)} exercises, {len(MODIFICATIONS)} modifications" in README
+    mistakes = json.loads((ROOT / "tests" / "mistakes.json").read_text(encoding="utf-8"))
+    assert f"| {sum(map(len, mistakes.values()))}, most of them" in README
 
 
 def test_its_sessions_have_the_minutes_of_their_exercises():

@@ -70,4 +70,4 @@ def test_shared_concepts_are_named(found, capsys):
     assert first and all(name.startswith("concept ") for name in first), "without labels: numbers"
     print_resemblances(found)
     printed = capsys.readouterr().out
-    assert "resemblance is no cause" in printed and f"both: {', '.join(first)}" in printed
+    assert "resemblance is not cause" in printed and f"both: {', '.join(first)}" in printed

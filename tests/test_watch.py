@@ -62,9 +62,11 @@ def test_tokens_keep_the_colour_of_their_step(bundled, monkeypatch):
         seen.append(dict(when)), pieces_of(step, tokenizer, L, when, new))[1])
     steps, _ = run(bundled, out)
     written = {int(step.positions[0]): number for number, step in enumerate(steps)}
-    assert seen[-1] == written, "position -> step, of all that was written so far"
+    assert seen[-1] == written, "position -> tokens before it: one a step here"
     colours = set(map(int, re.findall(r"38;5;(\d+)m", out.getvalue())))
     assert colours == set(module.COLOURS), "from the first step's to the last step's"
+    run(bundled, Terminal(), new=16, steps=2)
+    assert sorted(set(seen[-1].values())) == [0, 8], "eight tokens a step: half-way up the colours"
 
 
 def test_a_piece_keeps_its_colour_where_the_line_is_broken():

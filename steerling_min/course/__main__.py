@@ -67,7 +67,7 @@ def start(exercise: Exercise) -> None:
     docstrings = "its docstring and its class's say" if "." in name else "its docstring says"
     print(f"{name} in {file.relative_to(ROOT)}, line {line}, is blank; {docstrings} what it does.\n"
           f"Read: {exercise.read}.\nCheck: python -m steerling_min.course check {exercise.name}\n"
-          "(tests/mutants.py and .course/ quote solutions.)\n"
+          "(Do not look: .course/, tests/mutants.py and tests/mistakes.json have solutions.)\n"
           f"Give up: python -m steerling_min.course restore {exercise.name}")
 
 
@@ -83,7 +83,7 @@ def check(exercise: Exercise) -> None:
     if status == 0:
         print(f"{exercise.name}: solved. At the end of a day, run all tests: pytest")
     if blanks:
-        print(f"Blank are {', '.join(blanks)}: go in the order of the list")
+        print(f"Still blank: {', '.join(blanks)}. Work in the order of the list")
     sys.exit(status)
 
 

@@ -6,8 +6,8 @@
 Grading takes the exercises' functions out of each submission, and nothing else. Each is put into a
 fresh copy of this repository, alone, and its tests run there in a process with a time limit.
 
-That is no sandbox. A submission's code runs as you, can read your files and use your network, and
-one that wants to can forge its mark. Grade people whom you do not trust in a container.
+That is not a sandbox. A submission's code runs as you, can read your files and use your network,
+and it can forge its mark. Grade people whom you do not trust in a container.
 """
 
 import ast
@@ -35,8 +35,8 @@ from .functions import blanked, exchanged, file_of, find, read, write
 
 # A handout lacks these files: they quote solutions, grade submissions, or only look after this
 # repository. The numbers of the official package stay, because tests of exercises read them.
-TEACHERS = [".ci", "tests/mutants.py", "tests/mistakes.json", "tests/test_course.py",
-            "tests/test_classroom.py",
+TEACHERS = [".ci", ".github/workflows/test.yml", "tests/mutants.py", "tests/mistakes.json",
+            "tests/test_course.py", "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md"))]
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
@@ -62,7 +62,7 @@ def handout(root: Path, args: Namespace) -> None:
     folder, names = args.folder, [e.name for e in chosen]
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
-    # the files as they were committed: no attempt, and nothing that lies about
+    # the files as they were committed: no attempts and no stray files
     git(root, "checkout-index", "--all", f"--prefix={folder.resolve()}/")
     for path in (folder / name for name in TEACHERS):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

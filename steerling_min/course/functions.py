@@ -17,7 +17,7 @@ def read(file: Path) -> str:
 
 
 def write(file: Path, text: str) -> None:
-    """All of the text, or nothing; its folder is made."""
+    """Write all of the text, or nothing. Make the file's folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -61,7 +61,7 @@ def hole(exercise: Exercise) -> str:
 
 
 def blanked(exercise: Exercise, text: str) -> str:
-    """The file's text with the function's body gone, but for its docstring."""
+    """The file's text with the function's body gone, except for its docstring."""
     node, lines = find(exercise, text), text.splitlines(keepends=True)
     docstring = node.body[0]
     margin = " " * docstring.col_offset

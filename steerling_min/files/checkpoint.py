@@ -163,7 +163,7 @@ def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: to
             for name in f.keys():
                 tensor = f.get_tensor(name).to(dtype)
                 if not torch.stack(tensor.aminmax()).isfinite().all():
-                    raise ValueError(f"{name} in {file} has values that are no finite numbers in "
+                    raise ValueError(f"{name} in {file} has values that are not finite in "
                                      f"{dtype}: the file is damaged, or its training diverged")
                 if int8 and tensor.dim() == 2:
                     stem = name.removesuffix("weight")

@@ -216,8 +216,7 @@ def read_parquet(file: Path) -> tuple[list[str], list]:
     """The same of a parquet file, without the columns that have no use here."""
     with open_parquet(file) as stored:
         written = stored.schema_arrow.names
-        used = {old: new for old, new in zip(written, columns_of(file, written))
-                if new in COLUMNS}
+        used = {old: new for old, new in zip(written, columns_of(file, written)) if new in COLUMNS}
         columns = stored.read(list(used)).columns
     return list(used.values()), list(zip(*(column.to_pylist() for column in columns)))
 

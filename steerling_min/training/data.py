@@ -164,7 +164,7 @@ def first_stories(steps: int = 30) -> Iterator[Sequence[Chunk]]:
 
 
 def fingerprint(tensors: Iterable[Tensor], labels: Sequence[Label]) -> str:
-    """Tell what was read by 16 letters: another text, other labels or names give others."""
+    """Return 16 letters that identify the data: another text or other label names give others."""
     read = hashlib.sha256("\n".join(label.name for label in labels).encode())
     for tensor in tensors:
         read.update(tensor.numpy().tobytes())
@@ -184,8 +184,7 @@ class Stories:
     Every draw follows from the seed and the step, so a run can go on from any step.
     """
 
-    def __init__(self, seed: int, tokenizer: Tokenizer | None = None,
-                 labels: Sequence[Label] = ()):
+    def __init__(self, seed: int, tokenizer: Tokenizer | None = None, labels: Sequence[Label] = ()):
         """A model that is trained further brings its tokenizer and labels, as in `Texts`."""
         self.seed, self.labels = seed, with_new(labels, world.CONCEPTS)
         ids = {label.name: label.id for label in self.labels}

@@ -1,5 +1,5 @@
 """What several processes of a training run share: sums and means, and a model in parts. With one
-process they are plain sums and means, and the model is whole: whoever has one may skip this file.
+process they are plain sums and means, and the model is whole: then you may skip this file.
 
 Every loss here is a mean over something whose number differs from process to process (masked
 tokens, chunks). The mean of the processes' means would be another loss; so numerators and
@@ -82,10 +82,10 @@ def shard(objective: nn.Module, blocks: Iterable[nn.Module], dtype: torch.dtype,
           device: torch.device) -> None:
     """Leave each process an equal part of every parameter, its gradient and its moments (FSDP2).
 
-    A block's parameters are put together, in dtype, when the block is computed, and let go after
-    it; all others (embeddings, heads) when the step begins. A gradient is averaged over the
-    processes in float32, and each keeps its part. Part r of N of a matrix are its rows from r n on,
-    n of them, where n is the N-th part, rounded up.
+    A block's parameters are put together, in dtype, when the block is computed, and freed after
+    that. All others (embeddings, heads) are put together when the step begins. A gradient is
+    averaged over the processes in float32, and each keeps its part. Process r of N keeps n rows of
+    a matrix, from row r n on; n is the matrix's number of rows divided by N, rounded up.
     """
     mesh = init_device_mesh(device.type, (WORLD,))
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -108,7 +108,7 @@ def put(x: Tensor, values: Tensor) -> None:
     ValueError for values that are infinite or not a number."""
     mine, values = parts(x, values)
     if not values.isfinite().all():
-        raise ValueError("a weight or moment to start from is no finite number: its file is "
+        raise ValueError("a weight or moment to start from is not a finite number: its file is "
                          "damaged")
     mine.copy_(values)
 
@@ -120,7 +120,7 @@ def whole(x: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(objective: nn.Module) -> Iterator[None]:
-    """Keep together what does not belong to a block: for a pass that is no training step."""
+    """Put together the parameters outside the blocks, for a pass that is not a training step."""
     if isinstance(objective, FSDPModule):
         objective.unshard()
     yield

@@ -136,7 +136,7 @@ def new_chunks(before: str, after: str) -> list[list[str]]:
 
 
 def heroes_kept(before: str, after: str) -> list[bool]:
-    """Of the new sentences after a story's first chunk that name a hero: is it the story's hero?"""
+    """For each new sentence after the first chunk that names a hero: is it the story's hero?"""
     story = (before + after).split("<|bos|>")[1]  # up to the next story, if one was begun
     first = story.partition("<|endofchunk|>")[0]
     given = max(len(before) - len("<|bos|>"), len(first))  # what is not judged
@@ -159,8 +159,8 @@ def language(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
 def likelihood(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]:
     """The bound on stories' -log p, given <|bos|>, and its ratio to the grammar's entropy.
 
-    What the model loses to the grammar is measured on n stories, and added to the exact entropy.
-    The mean of -log p over n stories alone would be off by more than the model loses.
+    The excess of the bound over a story's own -log p is averaged over n stories, and added to the
+    exact entropy. Stories vary so much that the mean of their bounds alone would be off by more.
     """
     rng, generator = random.Random(HELD_OUT), torch.Generator().manual_seed(0)
     lost, bounds, n_tokens = [], [], 0

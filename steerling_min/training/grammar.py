@@ -44,7 +44,7 @@ SAID = {
              "care", "note", "echo", "eyes"],
     "adj": ["cheap", "light", "lonely", "cross", "asleep", "quicker"],
 }
-# Topic: its nouns, the {noun} of its sentences, and its sentences. Some nouns have two topics.
+# Topic: its nouns, the {noun} of its sentences, and its sentences. Some nouns have two or three.
 TOPICS = {
     "sea": (["boat", "anchor", "gull", "lighthouse", "reef", "island", "pier", "storm", "harpoon",
              "crab", "raft", "bay"], [

@@ -19,7 +19,7 @@ ones. Both are in `compose`.
 
 Sources: Guide Labs, "Scaling Interpretable Language Models to 8 Billion Parameters" (2025) and the
 technical report, arXiv 2608.07594. The official weights of the losses are not published; here they
-are 1, but for four of them (`objective.py`). Letters: B windows (stretches of T tokens of the
+are 1, except for four of them (`objective.py`). Letters: B windows (stretches of T tokens of the
 stream of stories; not those that the sampler fills), D width, C known concepts, N chunks, V
 vocabulary.
 """
@@ -56,9 +56,9 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor, absence: float
     The loss is the mean of -log P over the labelled pairs of chunk and concept, plus `absence`
     times the mean of -log(1 - P) over all other pairs. In a single mean, the many negatives would
     drown the few positives. But with equal weights the head says "present" too easily. In the tiny
-    world negatives are 23 times as many. A word that was one of 16 possible ones then got P = 0.6,
-    and so did the 15 others. Together they gave 30 logits to a token that has 9, and the unknown
-    head and epsilon had to take 20 away again. With 8, known concepts seldom give too much.
+    world negatives are 23 times as many. Where any of its eight places would do, each of them got a
+    weight of 0.7. Together they gave 28 logits to a token that has 9, and the unknown head and
+    epsilon had to cancel 19. With 8, known concepts seldom give too much.
 
     Both averages are those of all processes, 0 where there is nothing to average
     (`distributed.mean`). `log_absent` gives a = log(1 - P), so log P = log(-expm1(a)): expm1 is
@@ -82,10 +82,10 @@ def reconstruction_loss(unknown: Tensor, hidden: Tensor, known: Tensor) -> Tenso
     head already supplies.
 
     known: what stands on the known side of `compose`, the labels' features first and later the
-    predicted ones. (The official target is said to be hidden - labelled to the end. A chunk has
-    about ten labels, and at any one token most of them have nothing to say. The part of their sum
-    that the predicted features lack was then left to epsilon. After 1.2 M tokens epsilon's share
-    was 41% with that target and forcing to the end, 27% with this one and forcing that ends.)
+    predicted ones. (The official target is said to be hidden - labelled to the end. But of a
+    chunk's ten or so labels, most do not matter at any one token. What the predicted features lack
+    of the labels' sum was then left to epsilon. After 1.2 M tokens epsilon's share was 41% with
+    that target and forcing to the end. It was 27% with this target and forcing that ends.)
     """
     return mean((unknown - (hidden - known).detach()).square())
 
@@ -117,7 +117,8 @@ def lift_weights(counts: Tensor, threshold: float = 2.0) -> Tensor:
     lift(w, c) = P(w | chunks with c) / P(w). A token's weight is P(w | chunks with c) times the
     cube of log(lift / threshold), or 0 if its lift is below the threshold. The cube tells a word
     from its neighbours. Most chunks with "trees" also have "past the", and "past" is lifted, too,
-    but far less than "trees". (Without it, one concept in 25 promoted such a neighbour most.)
+    but far less than "trees". (Without it, one word's concept in 20 promoted such a neighbour
+    most.)
     Args: counts (C + 1, V), how often each token stands in chunks with each concept, and, in the
     last row, in all chunks.
     """
@@ -140,8 +141,8 @@ def alignment_loss(embedding: Tensor, tok_emb: Tensor, lift: Tensor, temperature
     give many logits. At temperature 1 a word's concept stopped at 7 logits, while a token that the
     model is sure of has 18. At temperature 2 it gives twice as much. Without a price on length,
     embeddings grew to 2 to 3 times what their logits need (cosine with their word's embedding: 0.4,
-    not 0.8), and the unknown head had to take the rest away again. This loss is ours, the official
-    ones have none of the kind. tok_emb gets no gradient.
+    not 0.8), and the unknown head had to cancel the rest. This loss is ours, the official ones have
+    none of the kind. tok_emb gets no gradient.
 
     Args: embedding (C, D); tok_emb (V, D); lift (C, V), as `lift_weights` gives it.
     """
@@ -181,8 +182,8 @@ def known_forcing(progress: float) -> float:
     """Weight of the labels' features on the known side: 1 for the first 15% of training, then half
     a cosine down to 0.1 at 70%, where it stays. progress is 0 at the start and 1 at the end.
 
-    (In the 8B, it is said, down to 0.5 at 50%. But what is measured, and read, is what the
-    predicted concepts carry, with no label beside them.)
+    (The 8B is said to stop at 0.5, at 50%. Here it goes lower, because what is measured and shown
+    are the predicted concepts, without labels.)
     """
     x = min(1.0, max(0.0, (progress - 0.15) / 0.55))
     return 0.55 + 0.45 * math.cos(math.pi * x)
@@ -214,7 +215,8 @@ def express_loss(token_logits: Tensor, chunks: Tensor, concept: Tensor, lifted: 
     """Where a concept is injected, the text must show it: -log of the lifted tokens' probability.
 
     The probability is averaged over each chunk's injected positions before the logarithm is taken:
-    some of a text's words are to show the concept, not every one.
+    some of a text's words are to show the concept, not every one. (This average is ours; the
+    report's loss is said to be per position.) 1e-6 is added to it, so that the logarithm is finite.
 
     Args: token_logits (M, V) at the injected positions of all chunks; chunks (M,) int64, the chunk
     of each; concept (M,) int64, what was injected; lifted (C, V) bool.

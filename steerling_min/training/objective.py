@@ -26,8 +26,8 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # to answer an injection with the concept's words alone, over and over. Reconstruction and
 # independence read a detached hidden state. So they train the unknown head and leave the backbone
 # to language. When their gradients reached the backbone, independence at 50 instead of 1 cost 0.27
-# nats on held-out text after 5,000 steps. Alignment is strong, because the token loss would have a
-# concept promote the words beside its own, too: with alignment at 4, one concept in ten did.
+# nats on held-out text after 5,000 steps. Alignment is strong, because the token loss pushes a
+# concept toward the words beside its own: with alignment at 4, one concept in ten promoted those.
 EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 96.0, 3.0, 12.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
 STRENGTHS = (4.0, 18.0)  # of the injections, in logit units, around what `Steering.amplify` uses
@@ -72,10 +72,10 @@ class Objective(nn.Module):
                  spoken: Tensor | None = None, pull: float = 1.0):
         """Wrap a model for training; all tensors are on one device.
 
-        without: names from PARTS to leave out. spoken (P,) int64: those of the model's concepts
-        that the data speak of (None: all C). lift (P, V): what each of these lifts, from
-        `losses.lift_weights`. pull, 0 to 1: the share of their gradient that the concepts' logits
-        pass on to the backbone.
+        without: names from PARTS to leave out. spoken (P,) int64: the model's concepts that occur
+        in the data (None: all C). lift (P, V): what each of these lifts, from
+        `losses.lift_weights`. pull, 0 to 1: the share of the gradient of the concepts' logits that
+        reaches the backbone.
         """
         super().__init__()
         self.model, self.without, self.lift, self.pull = model, without, lift, pull

@@ -1,16 +1,17 @@
 """A training run and its folder: options, data, state and model.
 
-The folder holds a model that loads, from before the first step on and after every save, and beside
-it what the run needs to go on:
+The folder holds a model that can be loaded, even before the first step. Beside the model is what
+the run needs to go on:
 
     run.json              what the model is trained on, and how: options and the data's fingerprint
     training.safetensors  how far it is: the weights and the optimizer's moments of each; as
                           metadata the step, the seconds and the curve so far
     run.lock              locked while a process trains here, so that no second one does
 
-Every file appears whole or not at all. A run that was killed ends as an uninterrupted one would.
-There is no generator to save: what a step draws follows from the seed, the step and the progress.
-(--minutes makes progress a matter of the clock: such a run goes on, but not to the same weights.)
+Every file appears whole or not at all. A run that was killed and resumed ends as an uninterrupted
+one. There is no generator to save: what a step draws follows from the seed, the step and the
+progress. (With --minutes, progress depends on the clock: such a run can go on, but its weights
+differ.)
 """
 
 import json
@@ -225,14 +226,14 @@ class Run:
     # ---- while it trains -------------------------------------------------------------------------
 
     def stopped(self) -> int:
-        """The signal that has asked this process to stop, or 0. Of several processes each stops
-        when torchrun, which started them, is gone, too."""
+        """The signal that has asked this process to stop, or 0. One of several processes also stops
+        when torchrun, which started it, is gone."""
         orphaned = WORLD > 1 and os.getppid() != PARENT
         return (self.signals or [signal.SIGTERM * orphaned])[0]
 
     @contextmanager
     def stopping_between_steps(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for `stopped` to be asked; the third of them waits no longer."""
+        """Ctrl-C and SIGTERM end the run after its step; the third one ends it at once."""
         def ask(number, frame):
             self.signals.append(number)
             if len(self.signals) > 2:

@@ -37,7 +37,7 @@ def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: S
 
     [{"text", "like": [{"text", "cosine", "shared": names of the known concepts that both have}]}]
 
-    It is resemblance and no cause: what the model wrote may have been learnt elsewhere.
+    Resemblance is not cause: what the model wrote may have been learnt elsewhere.
     """
     chunks: list[list[int]] = [[]]
     for token in text:
@@ -62,7 +62,7 @@ def resemblances(model: Steerling, tokenizer: Tokenizer, labels: Labels, text: S
 
 def print_resemblances(found: list[dict]) -> None:
     """Each chunk, and below it what it resembles, how much, and in which concepts."""
-    print("what each chunk resembles in the training data (resemblance is no cause):")
+    print("what each chunk resembles in the training data (resemblance is not cause):")
     for chunk in found:
         print(f"\n{chunk['text'].strip()}")
         for other in chunk["like"]:

@@ -41,8 +41,7 @@ def lines_of(pieces: list[tuple[str, int | None]], columns: int) -> list[str]:
 def live(out: TextIO) -> bool:
     """Whether a text can be redrawn in place: on a terminal, unless NO_COLOR or TERM=dumb is set.
     """
-    return (out.isatty() and not os.environ.get("NO_COLOR")
-            and os.environ.get("TERM") != "dumb")
+    return (out.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
 
 
 def watch(steps: Iterable[Step], tokenizer: Tokenizer, prompt: list[int], new: int,
@@ -54,10 +53,11 @@ def watch(steps: Iterable[Step], tokenizer: Tokenizer, prompt: list[int], new: i
     """
     out = out or sys.stdout
     redrawn = live(out)
-    when, drawn, last = {}, 0, 0.0  # position -> step; lines on screen; time of the last picture
+    # position -> tokens written before its step; lines on screen; time of the last picture
+    when, drawn, last = {}, 0, 0.0
     for number, step in enumerate(steps):
         positions, ids = step.positions[0].tolist(), step.ids[0].tolist()
-        when.update(dict.fromkeys(positions, number))
+        when.update(dict.fromkeys(positions, len(when)))
         if redrawn:
             time.sleep(max(0, last + FRAME - time.monotonic()))
             drawn = redraw(out, pieces_of(step, tokenizer, len(prompt), when, new), drawn)
