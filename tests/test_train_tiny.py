@@ -386,14 +386,15 @@ def test_each_process_needs_room_for_its_own_windows_only(run, monkeypatch):
     assert asked == [2], "of the four windows of a step"
 
 
-def test_activations_that_are_computed_again_need_a_tenth_of_the_room(run, monkeypatch):
-    """Four layers of 128 numbers, two windows of 256 tokens: ten numbers, or one, of four bytes."""
-    numbers = 4 * 128 * 2 * 256
+def test_activations_that_are_computed_again_need_a_tenth_of_the_room(run, tmp_path, monkeypatch):
+    """A layer of 32 numbers, two windows of 64 tokens: ten such numbers, or one, of four bytes."""
+    numbers = 32 * 2 * 64
     monkeypatch.setattr(train_tiny, "free_memory", lambda device: 40 * numbers - 1)
     assert "a step takes over" in run("--steps", 1, "--batch", 2, status=2)
-    run("--steps", 1, "--batch", 2, "--recompute")
+    run("--steps", 1, "--batch", 2, "--recompute", out=tmp_path / "fits")
     monkeypatch.setattr(train_tiny, "free_memory", lambda device: 4 * numbers - 1)
-    assert "a step takes over" in run("--steps", 1, "--batch", 2, "--recompute", status=2)
+    assert "a step takes over" in run("--steps", 1, "--batch", 2, "--recompute", status=2,
+                                      out=tmp_path / "does not")
 
 
 def test_labelled_lines_train_their_concepts(run, tmp_path):

@@ -26,9 +26,9 @@ def load(path: str | Path | None = None, device: str = "auto", dtype: torch.dtyp
     """A model and its tokenizer, ready to generate.
 
     path: a checkpoint folder, a hub id in the local Hugging Face cache, or None for the bundled
-    tiny model. device "auto" takes cuda, else mps, else cpu; for a model under SMALL the cpu.
-    dtype None is bfloat16 on cuda and float32 elsewhere. int8: keep matrices in a byte per weight
-    (`files/quantize.py`).
+    tiny model. device "auto" takes cuda, else mps, else cpu; for files of under 4 * SMALL bytes the
+    cpu. dtype None is bfloat16 on cuda and float32 elsewhere. int8: keep matrices in a byte per
+    weight (`files/quantize.py`).
 
     Raises FileNotFoundError or ValueError with one line that says what is wrong.
     """
