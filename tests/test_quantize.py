@@ -50,13 +50,16 @@ def test_every_matrix_takes_one_byte_per_weight_and_the_tied_pair_is_one(models)
     assert size < 0.3 * before, "a quarter of float32, but for the scales and the norms"
 
 
-def test_the_tiny_model_in_int8_writes_the_same_story(models):
+def test_the_tiny_model_in_int8_predicts_the_same_tokens(models):
     (model, tokenizer), small = models
     prompt = [tokenizer.encode("The old sailor Mara lived near the mill with a goat named Juno")]
     options = dict(align=True, repetition_penalty=1.0, temperature=0.0, entropy_sampling=False)
-    a, b = (generate(m, prompt, 64, **options)[0] for m in (model, small))
-    assert (a == b).float().mean() > 0.9, "rounding may turn a close choice, not the story"
-    logits, rounded = model(a[None]).logits, small(a[None]).logits
+    story = generate(model, prompt, 128, **options)
+    noisy = story.clone()
+    noisy[:, 16::2] = model.config.mask_token_id
+    logits, rounded = model(noisy).logits, small(noisy).logits
+    same = (logits.argmax(-1) == rounded.argmax(-1))[:, 16::2]
+    assert same.float().mean() > 0.95, "rounding may turn a close choice, and few others"
     error = (rounded - logits).square().mean().sqrt() / logits.std()
     assert error < 0.05, f"root mean square error {error:.3f} of the logits' spread"
 

@@ -58,7 +58,8 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor, absence: float
     drown the few positives. But with equal weights the head says "present" too easily. In the tiny
     world negatives are 23 times as many. Where any of its eight places would do, each of them got a
     weight of 0.7. Together they gave 28 logits to a token that has 9, and the unknown head and
-    epsilon had to cancel 19. With 8, known concepts seldom give too much.
+    epsilon had to cancel 19. With 8, known concepts seldom give too much. (The weight is ours; the
+    official one is not published.)
 
     Both averages are those of all processes, 0 where there is nothing to average
     (`distributed.mean`). `log_absent` gives a = log(1 - P), so log P = log(-expm1(a)): expm1 is
