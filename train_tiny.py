@@ -368,7 +368,8 @@ def parse_args() -> Namespace:
                    help="go on with the run in --out, with its own options. A larger total in "
                         "--steps or --minutes makes it longer: its schedules then go on as if that "
                         "had been planned from the start")
-    p.add_argument("--device", default="auto", help="auto (cuda, else cpu; with --evaluate as sample.py) or a name")
+    p.add_argument("--device", default="auto", help="auto (cuda, else cpu; with --evaluate as "
+                   "sample.py) or a name")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                    help="of the computation; the weights stay float32")
     p.add_argument("--compile", action="store_true", help="torch.compile the blocks")

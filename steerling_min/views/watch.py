@@ -54,7 +54,8 @@ def watch(steps: Iterable[Step], tokenizer: Tokenizer, prompt: list[int], new: i
     out = out or sys.stdout
     redrawn = live(out)
     # position -> tokens written before its step; lines on screen; time of the last picture
-    when, drawn, last = {}, 0, 0.0
+    when: dict[int, int] = {}
+    drawn, last = 0, 0.0
     for number, step in enumerate(steps):
         positions, ids = step.positions[0].tolist(), step.ids[0].tolist()
         when.update(dict.fromkeys(positions, len(when)))
