@@ -1,6 +1,6 @@
 """Train Steerling from scratch: causal masked diffusion with a concept layer, on a laptop.
 
-    python train_tiny.py                                    # the tiny world: about an hour
+    python train_tiny.py                                    # the tiny world: an hour and a half
     python train_tiny.py --minutes 10 --batch 4             # what a student has
     python train_tiny.py --evaluate runs/tiny               # how good it is, as a table
     python train_tiny.py --text my.txt --out runs/mine      # on your own text

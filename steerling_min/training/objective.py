@@ -30,7 +30,7 @@ from .losses import (alignment_loss, compose, express_loss, independence_loss, k
 # concept toward the words beside its own: with alignment at 4, one concept in ten promoted those.
 EXPRESS, RECONSTRUCTION, INDEPENDENCE, ALIGNMENT = 0.01, 96.0, 3.0, 12.0
 INJECTED = 1 / 2         # share of the chunks that one of their concepts is injected into
-STRENGTHS = (4.0, 18.0)  # of the injections, in logit units, around what `Steering.amplify` uses
+STRENGTHS = (4.0, 18.0)  # of the injections, in logits; `Steering.amplify` uses 8
 
 PARTS = {  # parts that a run can leave out, to show what each is good for
     "dropout": "residual dropout; epsilon is in every window",
