@@ -232,11 +232,11 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     B, T = batch.tokens.shape
     t = noise_levels(B, T, config.diff_block_size, generator)
     noisy, masked = corrupt(batch.tokens, t * batch.learnt, config.mask_token_id, generator)
-    dropout = DROPOUT if isinstance(corpus, Stories) else TEXT_DROPOUT
+    dropout, share_alone = (DROPOUT, ALONE) if isinstance(corpus, Stories) else (TEXT_DROPOUT, 0.0)
     dropout = 0.0 if "dropout" in args.without else dropout
     dropped = torch.rand(B, generator=generator) < dropout
     concepts, strength = draw_injections(batch, corpus.injected, generator)
-    alone = torch.rand(B, T, generator=generator) < (ALONE if isinstance(corpus, Stories) else 0.0)
+    alone = torch.rand(B, T, generator=generator) < share_alone
     labelled = stream.labels.shape[1] > 0
     steering = labelled and progress >= STEER_FROM and "steering" not in args.without
     mine = slice(RANK, None, WORLD)

@@ -112,10 +112,10 @@ def chunk_attribution(found: Attribution) -> ChunkAttribution:
     mass = n * (found.known.abs().sum(1) + found.unknown.abs().sum(1) + found.epsilon.abs())  # (n,)
     heads = []
     for ids, contributions in ((found.known_ids, found.known), (found.unknown_ids, found.unknown)):
-        sums: dict[int, float] = defaultdict(float)
+        shares: dict[int, float] = defaultdict(float)
         for c, share in zip(ids.ravel().tolist(), (contributions / mass[:, None]).ravel().tolist()):
-            sums[c] += share
-        heads.append(dict(sorted(sums.items(), key=lambda item: -abs(item[1]))))
+            shares[c] += share
+        heads.append(dict(sorted(shares.items(), key=lambda item: -abs(item[1]))))
     return ChunkAttribution(heads[0], heads[1], (found.epsilon.abs() / mass).sum().item())
 
 

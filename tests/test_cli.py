@@ -21,13 +21,13 @@ def shell(body, command):
                                "P": sys.executable})
 
 
-@POSIX
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_only_what_is_left_out_becomes_dots():
     assert printable("a" * 80) == "a" * 80 and printable("a" * 81) == "a" * 80 + "..."
     assert printable("ab\n", 2) == "ab..." and printable("a\n", 2) == "a\\n"
 
 
+@POSIX
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_an_output_that_is_full_is_one_line():
     found = shell("print('text')", '"$P" -c "$CODE" > /dev/full')
     assert found.returncode == 2 and found.stderr == "x.py: [Errno 28] No space left on device\n", (

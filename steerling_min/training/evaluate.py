@@ -221,10 +221,10 @@ def written(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]:
             model, [[tokenizer.bos_token_id]], 128, **SAMPLING, seed=seed)))
         parts.append(found.parts().cpu())
         named.append(in_named_words(found.tokens, tokenizer))
-    known, unknown, epsilon = contribution(torch.cat(parts))
+    every, content = torch.cat(parts), torch.cat(named)  # (M, 3), (M,)
+    known, unknown, epsilon = contribution(every)
     return {"contribution to what the model writes: known": known,
-            "... known, at content words that it writes":
-                contribution(torch.cat(parts)[torch.cat(named)])[0],
+            "... known, at content words that it writes": contribution(every[content])[0],
             "... discovered, to what it writes": unknown,
             "... epsilon, to what it writes": epsilon}
 

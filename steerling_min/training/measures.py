@@ -83,10 +83,10 @@ def look(model: Steerling, stream: Stream, named: Tensor, t: float | None, n: in
 
 def in_named_words(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     """Which tokens (n,) of a text stand in a word, or pair of words, that a concept names: bool."""
-    pieces = tokenizer.encoding.decode_tokens_bytes(tokens.tolist())  # perhaps parts of letters
+    pieces = tokenizer.pieces(tokens.tolist())
     starts = list(accumulate(map(len, pieces), initial=0))[:-1]
     named = torch.zeros(len(starts), dtype=torch.bool)
-    for word in re.finditer(rf"\b({'|'.join(WORDS.values())})\b".encode(), b"".join(pieces)):
+    for word in re.finditer(rf"\b({'|'.join(WORDS.values())})\b", "".join(pieces)):
         named[bisect_right(starts, word.start()) - 1 : bisect_left(starts, word.end())] = True
     return named
 
