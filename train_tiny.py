@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from steerling_min import Config, Steerling
 from steerling_min.config import TOKEN_IDS
 from steerling_min.diffusion import corrupt, noise_levels, token_loss
-from steerling_min.files.checkpoint import free_memory, tie
+from steerling_min.files.checkpoint import Unfilled, free_memory, tie
 from steerling_min.files.cli import Parser, one_line_errors
 from steerling_min.files.labels import Label, load_labels
 from steerling_min.files.loading import SMALL, find_labels, load, pick_device
@@ -130,7 +130,7 @@ def make_model(size: str, corpus: Stories | Texts) -> Steerling:
     tiny = Config.tiny(corpus.tokenizer.vocab_size)
     k = min(tiny.topk_known, C)
     ids: dict = {name: getattr(corpus.tokenizer, name, None) for name in TOKEN_IDS}
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         return Steerling(dataclasses.replace(tiny, n_concepts=C, topk_known=k,
                                              topk_known_features=k, **ids, **SIZES[size]))
 

@@ -447,6 +447,14 @@ def test_too_little_memory_is_said_in_gigabytes_before_loading(monkeypatch):
         checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)
 
 
+def test_no_first_weights_are_drawn_before_the_checkpoints_are_read(monkeypatch):
+    """To draw them where there is no memory, PyTorch imports its compiler: a second's work."""
+    drawn = []
+    monkeypatch.setattr(torch.Tensor, "normal_", lambda tensor, *_, **__: drawn.append(tensor))
+    Steerling.from_pretrained(GOLDEN)
+    assert not drawn, "empty_model leaves first weights out"
+
+
 def test_loading_asks_for_memory_first(folder, monkeypatch):
     set_meminfo(monkeypatch, "MemAvailable: 100 kB\n")
     assert "GB short" in refusal(folder)

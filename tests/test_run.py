@@ -343,7 +343,8 @@ def test_damaged_files_are_one_line(good, run, tmp_path, file, content, message)
 
 def test_a_passing_line_fits_the_terminal_and_is_printed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    monkeypatch.setattr(run_module.shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+    monkeypatch.setattr(run_module.shutil, "get_terminal_size",
+                        lambda *_, **__: os.terminal_size((40, 24)))
     run = a_run(tmp_path)
     run.say("step 1: " + 50 * "x", passing=True)
     run.say("done")

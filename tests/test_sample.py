@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo.exc import BackendCompilerFailed
 
 import sample
 from steerling_min import Config, Steering, Steerling, Tokenizer, load
@@ -629,6 +628,7 @@ def test_too_little_memory_is_one_line(run, monkeypatch, error):
 
 
 def test_a_compiler_that_lacks_is_one_line(run, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed  # a second's work, which others need not do
     error = BackendCompilerFailed(None, RuntimeError("No working C++ compiler found\nin /"), None)
     monkeypatch.setattr(sample, "write", raising(error))
     assert "--compile needs a C++ compiler" in refusal(run())

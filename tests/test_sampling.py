@@ -23,10 +23,10 @@ def rng(seed=0):
 # ---- which token ---------------------------------------------------------------------------------
 
 def test_repetition_makes_seen_tokens_less_likely_whatever_their_sign():
-    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0]])
-    out = penalize_repetition(logits, torch.tensor([0, 1]), 2.0)
-    assert out.tolist() == [[1.0, -4.0, 1.0, -1.0]], "positive: divided; negative: multiplied"
-    assert logits.tolist() == [[2.0, -2.0, 1.0, -1.0]], "a new tensor is returned"
+    logits = torch.tensor([[2.0, -2.0, 1.0, -1.0, 0.5]])
+    out = penalize_repetition(logits, torch.tensor([0, 1, 4]), 2.0)
+    assert out.tolist() == [[1.0, -4.0, 1.0, -1.0, 0.25]], "positive: divided; negative: multiplied"
+    assert logits.tolist() == [[2.0, -2.0, 1.0, -1.0, 0.5]], "a new tensor is returned"
 
 
 def test_a_token_is_penalised_once_however_often_it_stands_there():
@@ -66,6 +66,11 @@ def test_entropy_is_measured_against_the_nucleus_size():
     expected = 0.3 + 0.4 * entropy / math.log(3)
     assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5), (
         "two cumulative probabilities are at most 0.96, so k = 3")
+    p = torch.tensor([0.75, 0.125, 0.125])  # exact: two are at most 0.875, one is below
+    entropy = -sum(q * math.log(q) for q in p.tolist())
+    expected = 0.3 + 0.4 * entropy / math.log(3)
+    assert entropy_temperature(p.log(), 0.875).item() == pytest.approx(expected, abs=1e-5), (
+        "k = 3: a cumulative probability that equals top_p counts")
     p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(2)
@@ -185,9 +190,14 @@ def test_bans_and_penalty_come_before_confidence():
 def test_the_edges_of_what_an_option_may_be():
     Options(top_p=0.0, stop_tokens=(0, 19), steps=1, seed=0).check(CONFIG)
     Options(top_p=1.0, confidence_threshold=1.0, temperature=0.0).check(CONFIG)
+    Options(temperature=1e-6, repetition_penalty=1e6).check(CONFIG)
+    Options(temperature=1e6, cfg_scale=1e6, seed=2**63 - 1).check(CONFIG)
     for change, name in (({"stop_tokens": (3, 20)}, "stop_tokens"), ({"top_p": -1e-9}, "top_p"),
                          ({"stop_tokens": (3, -1)}, "stop_tokens"), ({"steps": 0}, "steps"),
-                         ({"seed": -1}, "seed"), ({"repetition_penalty": 0.0}, "repetition")):
+                         ({"seed": -1}, "seed"), ({"repetition_penalty": 0.0}, "repetition"),
+                         ({"temperature": 1e6 + 1}, "temperature"), ({"seed": 2**63}, "seed"),
+                         ({"cfg_scale": 1e6 + 1}, "cfg_scale"),
+                         ({"repetition_penalty": 1e6 + 1}, "repetition")):
         with pytest.raises(ValueError, match=name):
             Options(**change).check(CONFIG)
 

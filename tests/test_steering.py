@@ -145,9 +145,9 @@ def test_every_injection_that_ends_in_any_row_is_noticed_once(model):
 
 def test_what_is_injected_has_the_models_dtype(model):
     half = copy.deepcopy(model).bfloat16()
-    steering = Steering.amplify(3) + Steering.unlearn(5)
-    assert generate(half, PROMPT, 4, seed=0, steering=steering).shape == (1, 12), (
-        "directions are computed in float32, and cast when they are added")
+    for steering in (Steering.amplify(3), Steering(suppressions=((5, 2.0),))):  # each alone
+        assert generate(half, PROMPT, 4, seed=0, steering=steering).shape == (1, 12), (
+            "directions are computed in float32, and cast when they are added")
 
 
 def test_an_edit_with_epsilon_kept_moves_logits_along_the_embedding(model):

@@ -388,6 +388,7 @@ def test_a_broken_model_is_named_and_writes_nothing(value):
 
 def test_an_empty_prompt_writes_from_nothing(model):
     assert generate(model, [[]], 9, seed=0).shape == (1, 9)
+    assert generate(model, [[]], 1, seed=0).shape == (1, 1), "a single token, too"
 
 
 def test_without_a_length_1024_tokens_are_written():

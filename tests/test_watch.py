@@ -150,7 +150,8 @@ def test_wide_and_combining_characters_are_measured():
 
 def test_a_low_window_shows_the_end(bundled, monkeypatch):
     monkeypatch.setattr(module, "FRAME", 0)
-    monkeypatch.setattr(module.shutil, "get_terminal_size", lambda: os.terminal_size((9, 4)))
+    monkeypatch.setattr(module.shutil, "get_terminal_size",
+                        lambda *_, **__: os.terminal_size((9, 4)))
     out = Terminal()
     steps, _ = run(bundled, out)
     pictures = screens(out.getvalue())

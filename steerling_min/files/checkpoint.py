@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..model import Steerling
 from .config_json import config_to_dict, read_config, read_json, unique_keys
@@ -120,6 +121,15 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, i
             "bfloat16 takes half of float32, and --quantize int8 half of that")
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves out first weights: on the meta device there are none, and PyTorch would import its
+    compiler, a second's work, to find that out."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not nn.init.normal_:
+            return function(*args, **(kwargs or {}))
+
+
 def empty_model(folder: Path) -> Steerling:
     """The model in a checkpoint folder, on the meta device: it has shapes, and no numbers yet."""
     config = read_config(require_file(folder, "config.json"))
@@ -129,7 +139,7 @@ def empty_model(folder: Path) -> Steerling:
         raise ValueError(f"{folder / 'config.json'} says n_layers = {config.n_layers}; the weights "
                          f"have {len(layers)} layers")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = Steerling(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: its sizes are too large: "

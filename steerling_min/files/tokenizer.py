@@ -39,24 +39,24 @@ class Tokenizer:
     eot_id).
     """
 
-    def __init__(self, base: tiktoken.Encoding, instruct: bool = False):
-        """Append the special tokens to an encoding that already has <|endoftext|>."""
-        added = SPECIALS + (INSTRUCT_SPECIALS if instruct else ())
-        special = {token: base.n_vocab + i for i, token in enumerate(added)}
-        taken = {*base._mergeable_ranks.values(), *base._special_tokens.values()}
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
+                 instruct: bool = False):
+        """Append the special tokens to an encoding's own, which have <|endoftext|> already."""
+        ids = {*ranks.values(), *special.values()}
+        n = max(ids) + 1
         # cl100k_base leaves 16 ids without a token; a model can still write them
-        unused = {f"<|unused_{i}|>": i for i in range(base.n_vocab) if i not in taken}
-        self.encoding = tiktoken.Encoding(
-            f"{base.name}_steerling", pat_str=base._pat_str,
-            mergeable_ranks=base._mergeable_ranks,
-            special_tokens={**base._special_tokens, **unused, **special})
+        unused = {f"<|unused_{i}|>": i for i in range(n) if i not in ids}
+        names = SPECIALS + (INSTRUCT_SPECIALS if instruct else ())
+        added = {token: n + i for i, token in enumerate(names)}
+        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens={**special, **unused, **added})
         self.vocab_size = self.encoding.n_vocab
         self.eos_token_id = self.encoding.eot_token
         self.pad_token_id, self.bos_token_id, self.endofchunk_token_id, self.mask_token_id = (
-            special[token] for token in SPECIALS)
+            added[token] for token in SPECIALS)
         if instruct:
             self.start_header_id, self.end_header_id, self.eot_id = (
-                special[token] for token in INSTRUCT_SPECIALS)
+                added[token] for token in INSTRUCT_SPECIALS)
         self.special_ids = set(self.encoding._special_tokens.values())
 
     @classmethod
@@ -66,19 +66,19 @@ class Tokenizer:
         Raises FileNotFoundError, with what to do, when there is neither network nor cache.
         """
         try:
-            return cls(tiktoken.get_encoding("cl100k_base"), instruct)
+            base = tiktoken.get_encoding("cl100k_base")
         except OSError as error:  # requests' errors are OSErrors
             raise FileNotFoundError(
                 "tiktoken could not download cl100k_base "
                 f"({type(error).__name__}); on a machine with network run python -c \"import "
                 "tiktoken; tiktoken.get_encoding('cl100k_base')\" with TIKTOKEN_CACHE_DIR set to a "
                 "folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it") from None
+        return cls(base.name, base._pat_str, base._mergeable_ranks, base._special_tokens, instruct)
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], instruct: bool = False) -> "Tokenizer":
         """A tokenizer on ranks of one's own; <|endoftext|> follows the last rank."""
-        return cls(tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks,
-                                     special_tokens={"<|endoftext|>": len(ranks)}), instruct)
+        return cls("tiny", PATTERN, ranks, {"<|endoftext|>": len(ranks)}, instruct)
 
     @classmethod
     def from_file(cls, path: str | Path, instruct: bool = False) -> "Tokenizer":

@@ -16,6 +16,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, count, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +164,16 @@ def first_stories(steps: int = 30) -> Iterator[Sequence[Chunk]]:
         yield from islice(endless_stories(f"0 {step}"), 8)
 
 
+@cache
+def vocabulary() -> Tokenizer:
+    """The tiny world's, whatever the seed: bytes, then the words of a thousand stories."""
+    rng = random.Random(0)
+    words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
+                    for word in re.findall(WORD, chunk.text) if len(word) > 1)
+    pieces = [*map(bytes, zip(range(256))), *(word.encode() for word, _ in words.most_common())]
+    return Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
+
+
 def fingerprint(tensors: Iterable[Tensor], labels: Sequence[Label]) -> str:
     """Return 16 letters that identify the data: another text or other label names give others."""
     read = hashlib.sha256("\n".join(label.name for label in labels).encode())
@@ -193,13 +204,7 @@ class Stories:
         # mood or a form is in many words, and takes more practice than a single word.
         self.injected = torch.ones(len(self.labels))
         self.injected[[ids[x.name] for x in world.CONCEPTS if x.id not in world.WORDS]] = 5.0
-        if tokenizer is None:
-            rng = random.Random(0)  # one vocabulary, whatever the seed: bytes, the stories' words
-            words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
-                            for word in re.findall(WORD, chunk.text) if len(word) > 1)
-            pieces = [*map(bytes, zip(range(256))), *(w.encode() for w, _ in words.most_common())]
-            tokenizer = Tokenizer.from_ranks({piece: i for i, piece in enumerate(pieces)})
-        self.tokenizer = tokenizer
+        self.tokenizer = vocabulary() if tokenizer is None else tokenizer
         self.fingerprint = fingerprint(self.stream("fingerprint", 1000), self.labels)
 
     def stream(self, step: int | str, n: int) -> Stream:
