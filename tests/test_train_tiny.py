@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
+from torch import multiprocessing
 
 import train_tiny
 from steerling_min import Steerling, load
@@ -498,16 +500,31 @@ def processes(n, folder, *arguments):
             ], {"cwd": ROOT, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
 
 
+def one_of(rank, n, port, folder, arguments):
+    """What torchrun starts, forked: PyTorch, which takes seconds, is imported already."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                      MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("steerling_min", "train_tiny"):
+            del sys.modules[name]  # its rank is read when it is imported
+    sys.argv = ["script.py", "--out", str(folder / "out"), *arguments, *SHARED]
+    exec(SCRIPT, {})
+
+
 def run_in_processes(n, folder, *arguments):
-    command, where = processes(n, folder, *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **where)
-    assert done.returncode == 0, done.stderr
+    if sys.platform != "linux":
+        pytest.skip("only Linux forks safely")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(one_of, (n, port, folder, arguments), nprocs=n,
+                                    start_method="fork")
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_take_the_steps_of_one_and_hold_a_part_each(n, run, tmp_path,
                                                                       monkeypatch):
-    """torchrun with gloo: the same global batch, the same losses; a run goes on in any number."""
+    """With gloo: the same global batch, the same losses; a run goes on in any number."""
     run_in_processes(n, tmp_path, "--steps", "10", "--recompute")
     monkeypatch.setattr(train_tiny, "STEER_FROM", 0.5)
     monkeypatch.setattr(train_tiny, "DROPOUT", 0.9)
