@@ -24,6 +24,7 @@ def parts(svg):
             assert (fill.get("attributeName"), opacity.get("attributeName")) == ("fill", "opacity")
             assert fill.get("keyTimes") == opacity.get("keyTimes")
             assert fill.get("values") == f"white;{rect.get('fill')}"
+            assert opacity.get("values") == "0;1", "it is not seen before its step"
             found.append((text.text, rect.get("fill"), float(fill.get("keyTimes").split(";")[1])))
     return found
 
@@ -53,6 +54,8 @@ def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
                           ("A", COLOURS["known"][0], pytest.approx(shown, abs=1e-3))]
     assert [text.strip() for text in still(svg) if text.strip()] == [
         "p", "written by", "known: content", "known", "discovered", "epsilon"], "the legend"
+    bold = [x.text for x in svg.iter(SVG + "text") if x.get("font-weight")]
+    assert bold[0] == "p" and not {" <b>", " &", "A"} & {*bold}, "the prompt is not the model's"
     lines = {x.text: x.get("y") for x in svg.iter(SVG + "text")}
     assert lines[" <b>"] == lines[" &"] != lines["A"], "a chunk is a line of its own"
 

@@ -27,6 +27,13 @@ def test_the_first_loss_and_the_last_are_drawn_however_many_there_are(n):
     assert legend.strip().endswith("token loss, nats per masked token"), "the loss asked for"
 
 
+def test_a_loss_half_way_down_is_in_the_middle():
+    *rows, axis, legend = text_curve([{"step": i, "held out": 5.0 - i} for i in range(3)]
+                                     ).splitlines()
+    column = [row[9:].ljust(COLUMNS)[COLUMNS // 2] for row in rows]
+    assert column.index("o") in (4, 5), "5, 4, 3: drawn between the largest and the smallest"
+
+
 def test_a_curve_of_one_point_is_drawn():
     assert "o" in text_curve(HISTORY[:1])
 
