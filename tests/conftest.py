@@ -42,7 +42,7 @@ MODES = {  # ways to write: options of unmask
     "amplified": {"steering": Steering.amplify((3, 5), 6.0, cutoff_tokens=9)},
     "unlearned": {"steering": Steering.unlearn(3, (4,)), "steps": 9},
     "amplified, guided": {"steering": Steering.amplify(3, cutoff_tokens=9) + Steering.amplify(7, 4),
-                          "cfg_scale": 1.5},
+                          "cfg_scale": 0.75},
     "edited": {"steering": Steering(known=((3, 2.0), (7, 0.0)), unknown=((5, 3.0),))},
     "edited, epsilon kept": {"steering": Steering(known=((3, 2.0),), epsilon="keep")},
 }

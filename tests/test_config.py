@@ -78,6 +78,11 @@ def test_a_token_id_lies_in_the_vocabulary(name, value):
         Config(**{name: value})
 
 
+def test_a_top_k_may_be_all_there_are():
+    assert Config(unknown_topk=128, n_unknown_concepts=128).n_unknown_concepts == 128
+    assert Config(n_concepts=32).topk_known == 32
+
+
 @pytest.mark.parametrize("change, message", [
     ({"n_head": 24}, "n_head = 24 .* a divisor of n_embd = 4096"),
     ({"n_head": 4096}, "n_head = 4096 .* even quotient"),

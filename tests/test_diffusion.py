@@ -91,6 +91,8 @@ def test_the_loss_is_the_mean_surprise_at_masked_positions():
     expected = (nll[0, 0] + nll[0, 2] + nll[1, 3]) / 3
     close(token_loss(logits[masked], tokens, masked, t), expected, "the mean over the masked 3")
     assert token_loss(logits[masked].bfloat16(), tokens, masked, t).dtype == torch.float32
+    one = masked & (torch.arange(4) == 2)
+    close(token_loss(logits[one], tokens, one, t), nll[0, 2], "of one masked token, its own")
 
 
 def test_unmasked_positions_send_no_gradient():
@@ -210,6 +212,13 @@ def test_the_log_likelihood_of_a_continuation_is_minus_its_bound(small):
     assert found == pytest.approx(-3 * bound.item(), rel=1e-6) and found < 0
     assert found == log_likelihood(small, prompt, continuation, seed=2), "repeatable"
     assert math.isfinite(log_likelihood(small, [], continuation))
+
+
+def test_what_is_not_said_is_16_samples_or_64_from_seed_0(small):
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    assert torch.equal(likelihood_bound(small, tokens, generator=rng()),
+                       likelihood_bound(small, tokens, None, 16, rng()))
+    assert log_likelihood(small, [3, 1], [4]) == log_likelihood(small, [3, 1], [4], 64, 0)
 
 
 def test_what_the_bundled_model_learnt_is_likelier_than_what_it_never_saw():

@@ -124,6 +124,7 @@ def test_parity_of_injection(model, golden):
     vector = 2.0 * golden["inject.direction"] * masked  # (B, T, D)
     out = run(model, tokens, injection=vector, inject_layer=1)
     check(out.hidden, golden["inject.hidden"], "hidden")
+    check(run(model, tokens, injection=vector).hidden, out.hidden, "hidden, from layer 1")
     check(out.logits, golden["inject.logits"], "logits")
     out = run(model, tokens, injection=vector, inject_layer=model.config.n_layers)
     check(out.hidden[:, at], golden["inject_last.hidden"], "hidden, injected after the last block")

@@ -66,10 +66,11 @@ def test_entropy_is_measured_against_the_nucleus_size():
     expected = 0.3 + 0.4 * entropy / math.log(3)
     assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5), (
         "two cumulative probabilities are at most 0.96, so k = 3")
-    p = torch.tensor([0.75, 0.125, 0.125])  # exact: two are at most 0.875, one is below
+    p = torch.tensor([0.75, 0.125, 0.125])
+    top_p = p.log().softmax(-1).cumsum(-1)[1].item()  # 0.875, as the computer adds
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(3)
-    assert entropy_temperature(p.log(), 0.875).item() == pytest.approx(expected, abs=1e-5), (
+    assert entropy_temperature(p.log(), top_p).item() == pytest.approx(expected, abs=1e-5), (
         "k = 3: a cumulative probability that equals top_p counts")
     p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
     entropy = -sum(q * math.log(q) for q in p.tolist())
@@ -161,6 +162,12 @@ def test_masks_that_look_alike_are_filled_from_the_left():
     alike[:, 2] = 1.0
     alike += 1e-6 * torch.randn(6, 4, generator=rng())  # float32 error
     assert most_confident(alike, 3, None)[1].tolist() == [0, 1, 2]
+
+
+def test_positions_that_differ_by_more_than_rounding_are_told_apart_even_where_none_is_sure():
+    logits = torch.zeros(2, 100)
+    logits[0, 3], logits[1, 7] = 0.50, 0.51  # 1.64 and 1.65 percent
+    assert most_confident(logits, 1, None)[1].tolist() == [1]
 
 
 def test_very_sure_positions_are_still_told_apart():

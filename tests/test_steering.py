@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 from steerling_min import Steerling, generate, load
 from steerling_min.attribution import promoted
 from steerling_min.iguide import decompose
-from steerling_min.steering import SUPPRESS, UNLEARN, Injection, Steerer, Steering, alpha_of
+from steerling_min.steering import (SUPPRESS, UNLEARN, Injection, Steerer, Steering,
+                                    Suppression, alpha_of)
 from steerling_min.unmasking import asked_logits
 
 PROMPT = [[24, 31, 236, 254, 154, 21, 87, 89]]
@@ -65,6 +66,15 @@ def test_unlearning_by_default_is_measured_in_logits_and_so_suits_any_model(mode
           "what the concept lowers is left alone")
 
 
+def test_the_defaults_of_unlearning_are_four_logits_away_and_two_off(model):
+    assert (UNLEARN, SUPPRESS) == (-4.0, 2.0)
+    assert Injection((3,), 1.0).logit_units and not Suppression(3, 1.0).logit_units
+    faint = copy.deepcopy(model)
+    faint.known_head.concept_embedding.weight.data *= 1e-3
+    assert Steerer(Steering.unlearn(3), faint).suppression.max().item() == pytest.approx(2.0), (
+        "logits, however small the embedding is")
+
+
 def test_a_given_strength_is_raw_unless_logit_units_are_asked_for(model):
     vectors = [Steerer(steering, model).injections[0][2] for steering in (
         Steering.unlearn(3, strength=UNLEARN, logit_units=True), Steering.unlearn(3))]
@@ -86,6 +96,7 @@ def test_layers_not_given_depend_on_depth(n_layers, early, middle, model):
         deep = Steerling(config).to_empty(device="cpu")
     found = Steerer(Steering.amplify(0) + Steering.unlearn(1), deep).injections
     assert [layer for layer, _, _ in found] == [early, middle]
+    assert Steerer(Steering.amplify(0, 0.5), deep).injections[0][0] == early, "however weak"
 
 
 def test_only_masked_positions_are_injected_and_only_until_the_cutoff(model):
@@ -213,8 +224,8 @@ def test_steerings_that_contradict_each_other_are_refused():
     (Steering(known=((32, 1.0),)), "known concept 32"),
     (Steering(unknown=((64, 1.0),)), "unknown concept 64 does not exist; ids are 0 to 63"),
     (Steering.amplify(()), "at least one concept"),
-    (Steering.amplify(3, layer=0), "layer = 0 is not supported; supported: 1 to 2"),
-    (Steering.amplify(3, layer=3), "layer = 3 is not supported"),
+    (Steering.amplify(3, layer=0), "^layer = 0 is not supported; supported: 1 to 2"),
+    (Steering.amplify(3, layer=3), "^layer = 3 is not supported"),
     (Steering.amplify(3, float("nan")), "strength = nan is not supported; supported: finite"),
     (Steering(known=((3, float("inf")),)), "strength = inf is not supported"),
     (Steering(unknown=((3, float("nan")),)), "strength = nan is not supported"),

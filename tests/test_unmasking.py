@@ -1,5 +1,6 @@
 """The sampler: parity with the official one, and what holds for every text it writes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -68,6 +69,15 @@ def test_the_plain_loop_writes_what_unmask_writes_with_everything_off(model, pro
     full = generate(model, [prompt], new, entropy_sampling=False, temperature=0.0,
                     repetition_penalty=1.0)
     assert plain.tolist() == full.tolist(), "greedy, a token per step, no penalty: one algorithm"
+
+
+def test_the_plain_loop_writes_words_only(model):
+    """Padding and <|endoftext|> would win nearly everywhere here."""
+    never = [model.config.pad_token_id, model.config.eos_token_id]
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        eager.transformer.tok_emb.weight[never] = 100 * torch.tensor([[1.0], [-1.0]])
+    assert not {*never} & {*unmask_plainly(eager, PROMPT[0], 8)[0].tolist()}
 
 
 # ---- what enters the logits ----------------------------------------------------------------------

@@ -156,7 +156,8 @@ def test_a_low_window_shows_the_end(bundled, monkeypatch):
     steps, _ = run(bundled, out)
     pictures = screens(out.getvalue())
     assert all(picture.count("\n") <= 3 for picture in pictures)
-    assert max(sum(map(width, line)) for picture in pictures for line in picture.split("\n")) == 8, (
+    lines = [line for picture in pictures for line in picture.split("\n")]
+    assert max(sum(map(width, line)) for line in lines) == 8, (
         "all but the last column, where a terminal would begin a line of its own")
     final = bundled[1].decode(steps[-1].tokens[0].tolist())
     assert pictures[-2].replace("\n", "") == final[-len(pictures[-2].replace("\n", "")):], (
