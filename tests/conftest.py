@@ -43,6 +43,9 @@ MODES = {  # ways to write: options of unmask
     "unlearned": {"steering": Steering.unlearn(3, (4,)), "steps": 9},
     "amplified, guided": {"steering": Steering.amplify(3, cutoff_tokens=9) + Steering.amplify(7, 4),
                           "cfg_scale": 0.75},
+    "amplified, guided, threshold": {  # rows reach the cutoff at different steps
+        "steering": Steering.amplify(3, 4.0, cutoff_tokens=13), "cfg_scale": 0.75,
+        "confidence_threshold": 0.3},
     "edited": {"steering": Steering(known=((3, 2.0), (7, 0.0)), unknown=((5, 3.0),))},
     "edited, epsilon kept": {"steering": Steering(known=((3, 2.0),), epsilon="keep")},
 }

@@ -441,6 +441,11 @@ def test_too_little_memory_is_said_in_gigabytes_before_loading(monkeypatch):
     checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, False)  # 16.0 of 16.4 GB
     set_meminfo(monkeypatch, "MemAvailable: 8000000 kB\n")
     checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)  # 8.0 of 8.2 GB
+    set_meminfo(monkeypatch, "MemAvailable: 7000000 kB\n")
+    with pytest.raises(ValueError, match="8.0 GB in int8 and 7.2 GB"):
+        checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)
+    assert checkpoint.free_memory(torch.device("cpu")) == 7_000_000 * 1024
+    assert checkpoint.free_memory(torch.device("mps")) == float("inf"), "nobody says"
     with torch.device("meta"):
         model.weights = torch.nn.Parameter(torch.empty(8_000_000_000))
     with pytest.raises(ValueError, match="16.0 GB in int8"):  # only matrices are made small

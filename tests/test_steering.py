@@ -216,6 +216,13 @@ def test_steerings_that_contradict_each_other_are_refused():
     assert kept.epsilon == "keep", "a steering without interventions has no say"
 
 
+def test_a_known_and_a_discovered_concept_of_one_number_are_two(model):
+    both = Steerer(Steering(known=((5, 2.0),), unknown=((5, 3.0),)), model)
+    hidden = torch.randn(2, model.config.n_embd, generator=torch.Generator().manual_seed(0))
+    close(both.compose(hidden)[None], decompose(hidden[None], model.known_head, model.unknown_head,
+                                                {5: 2.0}, {5: 3.0}).composed, "each has its weight")
+
+
 @pytest.mark.parametrize("steering, message", [
     (Steering.amplify(32), "known concept 32 does not exist; ids are 0 to 31"),
     (Steering.amplify(-1), "known concept -1 does not exist"),
