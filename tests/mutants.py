@@ -367,22 +367,19 @@ OWN = {"functions": "course", "__main__": "course"}  # whose tests have another 
 APART = ("train_tiny", "run", "unmasking", "page", "sample", "distributed", "evaluate", "course",
          "readme")
 
-# Generated mutants, named without their line's number, that change nothing: why.
-EQUIVALENT = {
-    "backbone.py: self.lm_head = nn.Linear([config.n_embd, config.vocab_size -> config.vocab_size, "
-    "config.n_embd], bias=False)": "the next line gives it the embedding's weight",
-    "iguide.py: LOGITS = [2 -> 3]**24": "how many logits at a time: memory, not results",
-    "iguide.py: LOGITS = 2**[24 -> 25]": "how many logits at a time: memory, not results",
-    "iguide.py: bags = F.embedding_bag([ids.reshape(-1, k), table -> table, ids.reshape(-1, k)], "
-    'mode="sum",': "torch takes the two in either order",
-}
+# Generated mutants, named without their line's number, that no test can notice: why.
+EQUIVALENT = {f"{file}: {edit}": why for file, found in json.loads(
+    (ROOT / "tests" / "equivalent.json").read_text(encoding="utf-8")).items()
+    for edit, why in found.items()}
 
 
 # ---- generated mutants ---------------------------------------------------------------------------
 
 SKIPPED = ("cli.py", "grammar.py", "exercises.py")
 TABLES = {"EXERCISES", "MODIFICATIONS", "MEASURES"}  # words and numbers for people
-SYMMETRIC = {"max", "min", "transpose", "isinstance"}  # or a type error, which nobody overlooks
+SYMMETRIC = {"max", "min", "transpose", "equal",
+             "isinstance",  # a type error, which nobody overlooks
+             "require"}     # the words of a message
 DULL = {"print", "add_argument", "error"}            # calls for people
 COMPARISONS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
                ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
@@ -638,6 +635,8 @@ def main() -> None:
         MISTAKES.extend(Mistake(name, file, old, new) for file, found in more.items()
                         for name, old, new in found)
     mutants = generated() if args.generated else by_hand()
+    if args.generated and (gone := EQUIVALENT.keys() - {m.key for m in mutants}):
+        sys.exit("equivalent.json has edits that are gone: " + "; ".join(sorted(gone)))
     mutants = [m for m in mutants if not args.only
                or any(word.lower() in m.name.lower() for word in args.only)]
     same = [m for m in mutants if m.key in EQUIVALENT]
@@ -653,7 +652,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # of what is started here, too
     options = [f"--deselect={test}" for test in args.deselect]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    FORKS.set_forkserver_preload(["pytest", "torch", "tiktoken", "safetensors.torch"])
+    FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "tiktoken", "safetensors.torch"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         survivors = run(mutants, args.jobs, options, Path(folder))
     print(f"killed {len(mutants) - len(survivors)} of {len(mutants)}"

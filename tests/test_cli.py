@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steerling_min.files.cli import printable
+from steerling_min.files.cli import Parser, printable
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="pipes and /dev/full are POSIX's")
@@ -24,6 +24,15 @@ def shell(body, command):
 def test_only_what_is_left_out_becomes_dots():
     assert printable("a" * 80) == "a" * 80 and printable("a" * 81) == "a" * 80 + "..."
     assert printable("ab\n", 2) == "ab..." and printable("a\n", 2) == "a\\n"
+
+
+def test_a_value_may_begin_with_dashes(capsys):
+    parser = Parser()
+    parser.add_argument("--prompt")
+    assert parser.parse_args(["--prompt=--hello"]).prompt == "--hello"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--prompt=--"])
+    assert "-- is no value" in capsys.readouterr().err
 
 
 @POSIX

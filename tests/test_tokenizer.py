@@ -130,6 +130,9 @@ def test_a_base_models_text_ends_at_the_first_hole(tiny):
     assert tiny.decode([*a, mask, *b]) == "ab", "'cd' does not go on from 'ab'"
     assert tiny.decode([mask, *b]) == "" and tiny.decode([*a, *b, mask, mask]) == "abcd"
     assert tiny.decode([*a, mask, *b], specials=True) == "ab<|mask|>cd"
+    instruct = Tokenizer.from_ranks(tiny.encoding._mergeable_ranks, instruct=True)
+    turn = [*a, instruct.mask_token_id, *b, instruct.eot_id]
+    assert instruct.decode(turn) == "abcd", "a turn may end before all left of its end is written"
 
 
 def test_other_special_tokens_are_left_out_unless_asked_for(tiny):
