@@ -229,6 +229,10 @@ def test_steps_and_minutes_take_each_others_place(run, tmp_path):
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert options["minutes"] == 0.01 and options["steps"] is None
     assert "--resume goes on, with more --steps or --minutes" in run("--resume"), "it is over"
+    step = history_of(tmp_path / "out")[-1]["step"] + 2
+    run("--resume", "--steps", step)
+    options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
+    assert (options["minutes"], options["steps"]) == (None, step)
 
 
 @pytest.mark.parametrize("other, message", [
