@@ -191,6 +191,7 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, line, message):
 @pytest.mark.parametrize("content, message", [
     (b"", "has no text"), (b" \r\n\n\t\n", "has no text"), (b"\xef\xbb\xbf", "has no text"),
     (b"tea\ncaf\xe9", "not UTF-8 text: byte 7, in line 2, is 0xe9"),
+    (b"\n\xe9", "not UTF-8 text: byte 1, in line 2, is 0xe9"),
     ("text".encode("utf-16"), "not UTF-8"), ("text".encode("utf-16-le"), "bytes that are 0"),
     (b"a\x00b", "bytes that are 0")])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -367,6 +368,14 @@ def test_a_fingerprint_is_of_the_text_and_the_names(tmp_path):
               mark([["a"]] * 200, vocab=270), STORIES.fingerprint}
     assert len(others | {first}) == 6
     assert STORIES.fingerprint == Stories(seed=1).fingerprint
+
+
+def test_a_text_may_be_just_long_enough(tmp_path):
+    texts = Texts([a_file(tmp_path, "a few words " * 2000)], seed=0, T=32)
+    n = len(texts.rest.tokens)
+    assert len(Texts([tmp_path / "a.txt"], seed=0, T=n).rest.tokens) == n
+    with pytest.raises(ValueError, match="too few"):
+        Texts([tmp_path / "a.txt"], seed=0, T=n + 1)
 
 
 def test_too_little_text_is_refused(tmp_path):

@@ -152,6 +152,8 @@ def test_an_embedding_is_no_longer_than_what_it_promotes_takes():
         "squared lengths, the mean over concepts")
     loss.backward()
     close(embedding.grad, 0.1 * embedding, "what serves no token's logit shrinks")
+    price = alignment_loss(embedding, tok_emb, torch.zeros(2, V, dtype=torch.float64)) / loss
+    assert price.item() == pytest.approx(0.015), "0.0015, unless another price is given"
 
 
 # ---- the two devices -----------------------------------------------------------------------------
