@@ -263,6 +263,18 @@ def test_the_same_as_json_for_programs(run):
         assert text["chunks"] and text["unwritten"] == 0
 
 
+def test_the_first_texts_likes_in_a_file_are_shown_or_are_json(run, tmp_path):
+    (tmp_path / "corpus.txt").write_text("abcd ab\n\naaaa\n\nbbbb bbbc\n\ndd")
+    asked = ["--seed", 1, "--num-samples", 2, "--resembles", tmp_path / "corpus.txt"]
+    shown, found = run(*asked).out, json.loads(run(*asked, "--json").out)["samples"]
+    like = found[0]["resembles"]
+    assert "resembles" not in found[1] and "resemblance is not cause" in shown
+    assert "".join(chunk["text"] for chunk in like) == found[0]["text"].replace("\n", ""), (
+        "the whole text, as it is in the end")
+    assert {x["text"] for x in like[0]["like"]} == {"abcd ab", "aaaa", "bbbb bbbc", "dd"}
+    assert all(x["text"] in shown for chunk in like for x in chunk["like"])
+
+
 def test_the_figures_say_that_a_watched_text_was_slowed_down(run, monkeypatch):
     assert "slowed" not in run("--watch").out, "no terminal, no pause"
     monkeypatch.setattr(sample, "live", lambda out: True)
