@@ -46,6 +46,7 @@ FILES = {path.name: path.relative_to(ROOT).as_posix()  # no two have one name
 MEMORY = 16 * 2**30  # bytes for each process: a mutant may fill a list for ever
 # Every mutant needs a fresh process; forked from one that has imported torch, it starts at once.
 FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "tiktoken", "safetensors.torch"])
 
 
 class Mistake(NamedTuple):
@@ -652,7 +653,6 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # of what is started here, too
     options = [f"--deselect={test}" for test in args.deselect]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "tiktoken", "safetensors.torch"])
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         survivors = run(mutants, args.jobs, options, Path(folder))
     print(f"killed {len(mutants) - len(survivors)} of {len(mutants)}"

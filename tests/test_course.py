@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mutants import FORKS, make_copy, pytest_in
@@ -260,8 +261,21 @@ def test_without_its_tests_there_is_no_course(run, root):
 
 
 @pytest.fixture
-def little(root):
-    """The copy, with this repository's conftest.py and tests of our own."""
+def little(root, tmp_path, monkeypatch):
+    """The copy, with this repository's conftest.py and tests of our own.
+
+    `check` starts pytest: here in a fork of a process that has imported PyTorch."""
+    def run(command, cwd):
+        assert command[:3] == [sys.executable, "-m", "pytest"]
+        report = tmp_path / "report.txt"
+        process = FORKS.Process(target=pytest_in, args=(cwd, command[3:], report, 600))
+        process.start()
+        process.join()
+        print(report.read_text("utf-8"))
+        return SimpleNamespace(returncode=process.exitcode)
+    monkeypatch.setattr(course, "subprocess", SimpleNamespace(
+        run=run, CalledProcessError=subprocess.CalledProcessError))
+
     def little(tests):
         shutil.copy(TESTS / "conftest.py", root / "tests")
         shutil.copytree(TESTS / "golden", root / "tests" / "golden")

@@ -210,8 +210,9 @@ def test_marks_and_line_ends_of_other_systems_are_read(tmp_path, content, read):
     assert texts_of(a_file(tmp_path, mark + line + b"\r\n", "a.jsonl")) == [[(read, [])]]
 
 
-@pytest.mark.parametrize("line", ["word " * 2_000_000, " " * 10**7 + "x"], ids=["words", "spaces"])
-def test_one_line_of_ten_megabytes_is_read(tmp_path, line):
+@pytest.mark.parametrize("line", ["word " * 500_000, " " * 2_500_000 + "x"],
+                         ids=["words", "spaces"])
+def test_one_line_of_megabytes_is_read(tmp_path, line):
     texts = Texts([a_file(tmp_path, line)], seed=0, T=256)
     tokens = [*texts.training.tokens.tolist(), *texts.rest.tokens.tolist()]
     assert texts.tokenizer.decode(tokens) == line

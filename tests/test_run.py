@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -23,7 +22,6 @@ from steerling_min.files.loading import TINY
 from steerling_min.training import run as run_module
 from steerling_min.training.run import LOCK, RUN, STATE, Run
 
-ROOT = Path(__file__).parent.parent
 MODEL = "model.safetensors"
 
 
@@ -41,27 +39,42 @@ def sentences(tmp_path):
 # ---- interruptions -------------------------------------------------------------------------------
 
 
-def start_process(out):
-    code = (f"import train_tiny as t; t.SIZES['tiny'] = {SMALL}; t.LOG_EVERY = 5; "
-            "t.SAVE_EVERY = 0; t.WARMUP = 5; t.torch.set_num_threads(1); t.main()")
-    return subprocess.Popen([sys.executable, "-c", code, "--out", str(out), "--steps", "40",
-                             *SHARED], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+def start_process(*arguments):
+    """A run in a process of its own, forked, with PyTorch imported and what `run` has set.
+
+    Returns its number and its output."""
+    import train_tiny
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(writer)
+        return process, open(reader)
+    os.close(reader)
+    sys.stdout, sys.argv = open(writer, "w"), ["train_tiny.py", *map(str, arguments), *SHARED]
+    code = 1
+    try:
+        train_tiny.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os._exit(code)
 
 
-@pytest.mark.parametrize("way, status", [
-    ("SIGKILL", -9), ("head", 128 + 13)])
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it forks")
+@pytest.mark.parametrize("way, status", [("SIGKILL", -9), ("head", 128 + 13)])
 def test_an_interrupted_run_is_a_model_and_ends_with_the_same_weights(way, status, run, tmp_path):
     whole = tmp_path / "whole"
     run("--steps", 40, out=whole)
-    process = start_process(tmp_path / "out")
-    for line in process.stdout:  # somewhere after step 10, perhaps while it saves
+    process, output = start_process("--steps", 40, "--out", tmp_path / "out")
+    for line in output:  # somewhere after step 10, perhaps while it saves
         if line.startswith("step 10:"):
             break
     if way == "head":
-        process.stdout.close()
+        output.close()
     else:
-        process.send_signal(getattr(signal, way))
-    assert process.wait() == status
+        os.kill(process, getattr(signal, way))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == status
     model, _ = load(tmp_path / "out")
     assert model.config.n_embd == 32 and not same_files(tmp_path / "out", whole, MODEL)
 

@@ -162,8 +162,8 @@ def test_a_mark_of_byte_order_is_no_part_of_the_prompt(run):
     assert "\nabcd ab" in run(stdin=io.StringIO("\ufeffabcd ab\n")).out
 
 
-@pytest.mark.parametrize("closed", [">&-", ">/dev/full"])
-@pytest.mark.parametrize("options", ["--find topic", "--watch --max-new-tokens 2 --prompt a"])
+@pytest.mark.parametrize("closed, options", [
+    (">/dev/full", "--find topic"), (">&-", "--watch --max-new-tokens 2 --prompt a")])
 def test_an_output_that_takes_nothing_is_one_line_at_most(closed, options):
     """A shell's `>&-` closes it: Python then has no sys.stdout at all."""
     done = subprocess.run(f"{sys.executable} {sample.__file__} {options} {closed}", shell=True,
