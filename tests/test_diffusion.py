@@ -218,7 +218,8 @@ def test_what_is_not_said_is_16_samples_or_64_from_seed_0(small):
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     assert torch.equal(likelihood_bound(small, tokens, generator=rng()),
                        likelihood_bound(small, tokens, None, 16, rng()))
-    assert log_likelihood(small, [3, 1], [4]) == log_likelihood(small, [3, 1], [4], 64, 0)
+    text = [3, 1], [4, 1, 5, 9, 2]
+    assert log_likelihood(small, *text) == log_likelihood(small, *text, 64, 0)
 
 
 def test_what_the_bundled_model_learnt_is_likelier_than_what_it_never_saw():
