@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -108,8 +109,10 @@ def seconds_of(folder):
 
 
 def test_a_run_that_goes_on_adds_to_its_seconds(run, tmp_path):
+    began = time.perf_counter()
     run("--steps", 30)
     before = seconds_of(tmp_path / "out")
+    assert before < time.perf_counter() - began, "from nothing on"
     run("--resume", "--steps", 31)
     assert before < seconds_of(tmp_path / "out") < 2 * before, "one step more, not the only one"
 
@@ -187,6 +190,11 @@ def test_a_model_that_no_run_has_left_is_not_overwritten(run, tmp_path, name):
     assert [file.name for file in (tmp_path / "out").iterdir()] == [name]
 
 
+def test_its_folder_may_lie_in_new_ones(run, tmp_path):
+    run("--steps", 1, out=tmp_path / "new" / "er")
+    assert (tmp_path / "new" / "er" / MODEL).exists()
+
+
 def test_a_run_that_was_killed_in_its_first_save_may_begin_anew(run, tmp_path):
     run("--steps", 2)
     (tmp_path / "out" / RUN).unlink()  # it is written last
@@ -222,7 +230,8 @@ def test_two_processes_do_not_train_in_one_folder(run, tmp_path):
 
 def test_a_run_goes_on_by_its_own_options(run, tmp_path, sentences):
     text = sentences()
-    run("--text", text, "--steps", 6, "--lr", 0.001, "--without", "dropout", "steering")
+    run("--text", text, "--steps", 6, "--lr", 0.001, "--without", "dropout", "steering",
+        "--recompute")
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert options["lr"] == 0.001 and options["text"] == [str(text)]
     assert options["without"] == ["dropout", "steering"] and options["steps"] == 6
@@ -230,7 +239,8 @@ def test_a_run_goes_on_by_its_own_options(run, tmp_path, sentences):
     run("--resume", "--steps", 12, "--lr", 0.001)
     run("--text", text, "--steps", 12, "--lr", 0.001, "--without", "dropout", "steering",
         out=tmp_path / "again")
-    assert json.loads((tmp_path / "out" / RUN).read_text())["options"]["steps"] == 12
+    options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
+    assert options["steps"] == 12 and options["recompute"]
     [row] = [row for row in history_of(tmp_path / "out") if row["step"] == 10]
     again = history_of(tmp_path / "again")[1]
     assert row.keys() == again.keys() and row != again, "its first half had another schedule"
@@ -318,7 +328,8 @@ def damage_progress(**fields):
     (damage_progress(seconds="1"), "no step"), (damage_progress(seconds=-1.0), "no step"),
     (damage_progress(history=[1]), "no step"), (damage_progress(history={"step": 1}), "no step"),
     (damage_progress(history=[{"step": 1}]), "no step"), (damage_progress(more=1), "no step"),
-    (damage_progress(history=[{"step": 1, "held out": "low"}]), "no step")])
+    (damage_progress(history=[{"step": 1, "held out": "low"}]), "no step"),
+    (damage_progress(history=[{"step": 1, "held out": float("nan")}]), "no step")])
 def test_a_damaged_state_is_one_line(good, run, tmp_path, damage, message):
     shutil.copytree(good, tmp_path / "out")
     file = tmp_path / "out" / STATE
