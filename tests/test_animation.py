@@ -56,6 +56,9 @@ def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
         "p", "written by", "known: content", "known", "discovered", "epsilon"], "the legend"
     bold = [x.text for x in svg.iter(SVG + "text") if x.get("font-weight")]
     assert bold[0] == "p" and not {" <b>", " &", "A"} & {*bold}, "the prompt is not the model's"
+    tiles = [rect.get("fill") for rect in svg.iter(SVG + "rect") if not len(rect)][1:]
+    assert tiles == [COLOURS[name][0] for name in ("content", "known", "discovered", "epsilon")], (
+        "the legend's colours are the tokens'")
     lines = {x.text: x.get("y") for x in svg.iter(SVG + "text")}
     assert lines[" <b>"] == lines[" &"] != lines["A"], "a chunk is a line of its own"
 
@@ -69,6 +72,7 @@ def test_characters_of_several_tokens_and_wide_ones_have_their_place(drawn):
               for x in svg.iter(SVG + "text")}
     assert [text for text, *_ in parts(svg)] == ["\u65e5\u672c", "\u0301"]
     x, length = places["\u65e5\u672c"]
+    assert module.columns("") == 0
     assert length == pytest.approx(4 * module.WIDTH, abs=1), "two columns each"
     assert places["\u0301"] == (pytest.approx(x + length, abs=1), pytest.approx(8, abs=1))
     assert all(float(rect.get("width")) > 0 for rect in svg.iter(SVG + "rect"))
@@ -125,5 +129,10 @@ def test_the_text_is_all_there_and_fits(run):
     for x in svg.iter(SVG + "text"):
         assert float(x.get("x")) + float(x.get("textLength")) <= COLUMNS * module.WIDTH + 1
         assert top < float(x.get("y")) <= top + high - 5, "the last line is in the picture, too"
+    ground = svg.find(SVG + "rect")
+    assert (left, wide) == (-10, round(COLUMNS * module.WIDTH + 20)), "ten on each side"
+    assert [float(ground.get(name)) for name in ("x", "width", "height")] == [left, wide, high]
+    lowest = max(float(x.get("y")) for x in svg.iter(SVG + "text"))
+    assert high - lowest <= module.HEIGHT, "nothing is below the last line"
     assert re.findall(r"https?://[^\"]+", text) == ["http://www.w3.org/2000/svg"]
     assert "href" not in text and "script" not in text, "nothing is loaded from elsewhere"

@@ -93,7 +93,9 @@ def test_the_file_has_the_official_names_and_the_tied_matrix_once(model, tmp_pat
 
 def test_whoever_may_read_the_config_may_read_the_weights(model, tmp_path):
     model.save_pretrained(tmp_path)
-    assert (tmp_path / WEIGHTS).stat().st_mode == (tmp_path / "config.json").stat().st_mode
+    (tmp_path / "other").touch()  # a new file, as whoever saves has them
+    assert len({(tmp_path / name).stat().st_mode for name in (
+        WEIGHTS, "config.json", "other")}) == 1
 
 
 def test_the_dtype_is_the_one_asked_for(folder):
@@ -346,6 +348,13 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, model, fails, monkeypat
         Steerling(CONFIG).save_pretrained(folder)
     assert same_weights(Steerling.from_pretrained(folder), model)
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", WEIGHTS]
+
+
+def test_two_files_have_an_index_too(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD", sum(x.nbytes for x in model.parameters()) - 1)
+    model.save_pretrained(tmp_path)
+    assert len(set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values())) == 2
+    assert same_weights(Steerling.from_pretrained(tmp_path), model)
 
 
 def test_a_save_that_fails_at_a_later_file_puts_none_in_its_place(tmp_path, model, monkeypatch):

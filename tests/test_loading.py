@@ -220,6 +220,8 @@ def test_gpus_are_counted_from_0(monkeypatch):
     assert pick_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ValueError, match="device 'cuda:2' is not available here"):
         pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device("cuda") == torch.device("cuda"), "the only one"
 
 
 @pytest.mark.parametrize("there, best, trained", [

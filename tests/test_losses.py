@@ -111,6 +111,10 @@ def test_independence_is_the_squared_norm_of_the_cross_covariance():
     assert independence_loss(known, unknown).item() == pytest.approx(expected)
     shifted = independence_loss(known + 3, unknown - 2).item()
     assert shifted == pytest.approx(expected), "a constant is not a dependence: columns are centred"
+    difference = (known[0] - known[1])[:, None] * (unknown[0] - unknown[1]) / 2
+    assert independence_loss(known[:2], unknown[:2]).item() == pytest.approx(
+        difference.square().sum().item() / D**2), "of two positions"
+    assert independence_loss(known[:1], unknown[:1]).item() == 0.0, "and of one"
 
 
 def test_independence_moves_the_unknown_side_only():

@@ -125,6 +125,12 @@ def test_chunks_stand_on_lines_of_their_own_and_texts_apart(tiny):
     assert tiny.decode([eoc, *tiny.encode("\n "), eoc]) == "\n ", "its own blanks stay"
 
 
+def test_five_special_tokens_follow_the_ranks_and_the_chats_only_if_asked_for(tiny):
+    ranks = tiny.encoding._mergeable_ranks
+    sizes = [Tokenizer.from_ranks(ranks, *said).vocab_size for said in ((), (True,))]
+    assert sizes == [len(ranks) + 5, len(ranks) + 8]
+
+
 def test_a_base_models_text_ends_at_the_first_hole(tiny):
     a, b, mask = tiny.encode("ab"), tiny.encode("cd"), tiny.mask_token_id
     assert tiny.decode([*a, mask, *b]) == "ab", "'cd' does not go on from 'ab'"
