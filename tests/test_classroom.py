@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from steerling_min.course import __main__ as course
-from steerling_min.course.classroom import TEACHERS, grade
+from steerling_min.course.classroom import TEACHERS, grade, run_tests
 from steerling_min.course.exercises import EXERCISES
 from steerling_min.course.functions import cut, exchanged, file_of, find, hole, read, write
 
@@ -238,7 +239,7 @@ ATTEMPTS = {
     "needs a helper": ("return twice(x)", "2 of 2 tests", {
         "test_norm::test_three": "NameError: name 'twice' is not defined",
         "test_norm::test_two": "NameError: name 'twice' is not defined"}),
-    "for ever": ("while True:\n    pass", "still running after 4 s", {}),
+    "for ever": ("import time\nwhile True:\n    time.sleep(1)", "still running after 4 s", {}),
     "os._exit": ("import os\nos._exit(0)", "its tests ended early, with exit code 0", {}),
     "exit": ("exit(0)", "2 of 2 tests", {
         "test_norm::test_three": "SystemExit: 0", "test_norm::test_two": "SystemExit: 0"}),
@@ -300,6 +301,20 @@ def test_a_submission_is_a_row_with_a_reason(rows, name):
     assert row["failed"].keys() == failed.keys()
     assert all(row["failed"][test].startswith(line) for test, line in failed.items())
     assert row["seconds"] <= 9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes")
+def test_what_a_submission_starts_ends_with_it(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("BEATS", str(tmp_path / "beats"))
+    child = "import os, time\nfor i in range(999):\n    open(os.environ['BEATS'], 'a').write('x')\n"
+    function = ("def forward(self, x):\n    import os, subprocess, sys\n"
+                f"    subprocess.Popen([sys.executable, '-c', {child + '    time.sleep(.02)'!r}])\n"
+                "    while not os.path.exists(os.environ['BEATS']): pass\n    return 2 * x\n")
+    outcomes, reason, _ = run_tests(small, 30.0, EXERCISES["norm"], function)
+    assert not reason and set(outcomes.values()) == {"", "skipped"}
+    beats = (tmp_path / "beats").stat().st_size
+    time.sleep(0.3)
+    assert (tmp_path / "beats").stat().st_size == beats, "it would have gone on"
 
 
 @pytest.mark.parametrize("name", FILES)

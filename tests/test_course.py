@@ -196,6 +196,18 @@ def test_an_attempt_is_safe_before_it_is_replaced(run, root, attempt, monkeypatc
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("name, docstring", [
+    ("norm", "its docstring and its class's say"), ("mask", "its docstring says")])
+def test_a_blank_is_announced_with_its_place_and_what_to_read(run, root, name, docstring):
+    out, exercise = run("start", name)[1], EXERCISES[name]
+    where, function = exercise.where.split()
+    said = re.match(rf"{function} in steerling_min/{where}, line (\d+), is blank; {docstring} what",
+                    out)
+    text = (root / "steerling_min" / where).read_text(encoding="utf-8").splitlines()
+    assert said and f"def {function.split('.')[-1]}(" in text[int(said[1]) - 1]
+    assert exercise.read in out
+
+
 def test_exercises_of_one_file_are_open_side_by_side(run, root, attempt):
     before = (root / "steerling_min" / "attention.py").read_bytes()
     for name in ("mask", "rotate", "attention"):
