@@ -58,6 +58,15 @@ def test_a_plain_texts_chunks_are_its_paragraphs(tmp_path):
         "none of them is empty: nothing resembles nothing")
 
 
+def test_each_line_of_a_labelled_file_is_a_chunk_and_five_likes_are_shown(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One.\\n\\nTwo."}\n{"text": "Three."}\n')
+    assert texts_of_file(tmp_path / "a.jsonl") == ["One.\n\nTwo.", "Three."]
+    model, tokenizer = load(device="cpu")
+    labels = Labels([], model.config.n_concepts, model.config.n_unknown_concepts)
+    [chunk] = resemblances(model, tokenizer, labels, tokenizer.encode("The cat"), CORPUS * 2)
+    assert len(chunk["like"]) == 5
+
+
 def test_shared_concepts_are_named(found, capsys):
     model, tokenizer = load(device="cpu")
     has = {text: {f"concept {i}" for i in present(model, tokenizer.encode(text))}

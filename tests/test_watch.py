@@ -74,6 +74,14 @@ def test_a_piece_keeps_its_colour_where_the_line_is_broken():
     assert len(lines) == 2 and all("\x1b[38;5;61m" in line for line in lines), lines
 
 
+def test_lines_are_filled_and_colours_end_with_their_piece():
+    red, plain = "\x1b[38;5;9m", "\x1b[0m"
+    assert lines_of([("abcd", None)], 4) == ["abcd"], "to the last column"
+    assert lines_of([("a\x07b\u200bc", None)], 9) == ["abc"], "what has no width is not written"
+    assert lines_of([("ab", 9), ("cd", None), ("", 9)], 9) == [f"{red}ab{plain}cd{red}{plain}"]
+    assert lines_of([("ab", 9)], 1) == [f"{red}a{plain}", f"{red}b{plain}"]
+
+
 def test_a_tokens_colour_tells_its_step_dark_for_early_ones():
     tokenizer = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})
     step = Step(torch.tensor([[97, 98, 99, 100]]), (torch.tensor([2]),), (torch.tensor([99]),),
@@ -155,7 +163,7 @@ def test_a_low_window_shows_the_end(bundled, monkeypatch):
     out = Terminal()
     steps, _ = run(bundled, out)
     pictures = screens(out.getvalue())
-    assert all(picture.count("\n") <= 3 for picture in pictures)
+    assert max(picture.count("\n") for picture in pictures) == 3, "all rows but the cursor's"
     lines = [line for picture in pictures for line in picture.split("\n")]
     assert max(sum(map(width, line)) for line in lines) == 8, (
         "all but the last column, where a terminal would begin a line of its own")

@@ -84,8 +84,8 @@ def pieces_of(step: Step, tokenizer: Tokenizer, L: int, when: dict[int, int], ne
             pieces.append((MASK, None))
         else:
             text = {"<|endofchunk|>": "\n", "<|endoftext|>": ""}.get(text, text)
-            shade = when.get(position, 0) * len(COLOURS) // max(1, new)
-            pieces.append((text.replace("\ufffd", MASK), COLOURS[min(shade, len(COLOURS) - 1)]))
+            shade = when.get(position, 0) * len(COLOURS) // new
+            pieces.append((text.replace("\ufffd", MASK), COLOURS[shade]))
     return pieces
 
 
