@@ -258,6 +258,8 @@ FILES = {  # all of norm.py, and the reason
                 "norm.py has no RMSNorm.forward"),
     "pasted below": ("class RMSNorm:\n    def forward(self, x):\n        raise ValueError\n"
                      "    def forward(self, x):\n        return 2 * x\n", ""),
+    "class twice": ("class RMSNorm:\n    def forward(self, x):\n        raise ValueError\n"
+                    "class RMSNorm:\n    def forward(self, x):\n        return x * 2\n", ""),
     "other margins": ("class RMSNorm:\n  def forward(self, x):\n   if x:\n        return 2 * x\n"
                       "   return 0\n", ""),
     "undefined name": ("class RMSNorm:\n    def forward(self, x: Vector):\n        return 2 * x\n",

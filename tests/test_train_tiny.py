@@ -447,6 +447,7 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
 
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", 0], "--steps 0: at least 1"), (["--minutes", -1], "--minutes -1"),
+    (["--minutes", 0], "--minutes 0"), (["--seed", 2**63], "--seed 9223372036854775808"),
     (["--minutes", "nan"], "--minutes nan"), (["--lr", 0], "--lr 0"), (["--batch", 0], "--batch 0"),
     (["--seed", -1], "--seed -1"), (["--top", 0], "--top 0"),
     (["--size", "huge"], "invalid choice: 'huge'"),
