@@ -210,7 +210,7 @@ def steering_of(flags: list[str], labels: Labels, suppression: float) -> Steerin
 
 
 def find(model: Steerling, tokenizer: Tokenizer, labels: Labels, query: str,
-         discovered: bool = False) -> None:
+         discovered: bool) -> None:
     """Print the concepts that a query means, best first, and the tokens that each promotes.
 
     A query means the concept of that number, and the concepts whose labels have its words. If there
@@ -270,7 +270,7 @@ def promoting(model: Steerling, tokenizer: Tokenizer, query: str, heads: Iterabl
             for concept in strengths.topk(min(MOST, len(concepts))).indices.tolist():
                 if token in promoted(model, concept, 8, head=head)[0]:
                     found[concept, head] = max(strengths[concept].item(),
-                                               found.get((concept, head), 0.0))
+                                               found.get((concept, head), -math.inf))
     return sorted(found, key=lambda concept: found[concept], reverse=True)[:MOST]
 
 

@@ -213,6 +213,9 @@ def test_strengths_are_in_logits_on_both_sides_of_0():
     assert sample.steering_of(["a=b=4"], odd, 3.0) == toward, "the last = ends a name"
     assert away == Steering.unlearn(1, (), -4.0, 3.0, logit_units=True), (
         "raw numbers are made for the 8B's embeddings")
+    assert sample.steering_of(["sea=4", "snow=-4"], names, 3.0) == toward + away
+    for strength in (0.0, 0.5):  # 0 does nothing: it keeps nothing out
+        assert sample.steering_of([f"sea={strength}"], names, 3.0) == Steering.amplify(0, strength)
 
 
 def test_a_group_is_steered_along_one_direction(run):
@@ -460,6 +463,7 @@ def test_concepts_are_found_by_their_labels_with_the_tokens_they_promote(search,
     model, tokenizer = load(tiny_folder, "cpu")
     tokens = map(tokenizer.quoted, promoted(model, 1, 8)[0].tolist())
     assert result.lines[0].endswith(" promotes " + ", ".join(tokens)) and result.err == ""
+    assert search("ships", labels=("1,ships,,known,",)).err == "", "some labels are labels"
 
 
 def test_discovered_concepts_are_found_when_asked_for(search, tiny_folder):
