@@ -50,3 +50,4 @@ def test_every_loss_is_in_the_picture(tmp_path, monkeypatch):
     assert lines["respond"] == ([3100], [1.0]), "a loss that begins later is drawn from there"
     assert lines["token"][0] == [*range(100, 3200, 100)] and lines["token"][1][-1] == 2.0
     assert lines.keys() == {"token", "held out", "respond"}
+    assert len(saved[0].axes[0].get_legend().get_texts()) == 3, "and it says which is which"

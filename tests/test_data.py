@@ -161,6 +161,11 @@ def test_neighbouring_lines_with_one_document_are_a_document(tmp_path):
     assert texts_of(file) == [[("a", []), ("b", [])], [("c", [])], [("d", [])]]
 
 
+def test_a_concepts_name_may_have_200_letters(tmp_path):
+    line = json.dumps({"text": "a", "concepts": ["n" * 200]})
+    assert texts_of(a_file(tmp_path, line, "a.jsonl")) == [[("a", ["n" * 200])]]
+
+
 NAME = "n" * 201
 
 

@@ -133,6 +133,8 @@ def test_lift_compares_a_tokens_share_in_a_concepts_chunks_with_its_share_in_all
     close(lift_weights(counts)[0], torch.tensor([a, b, 0.0]) / (a + b),
           "share times the cubed log of lift over 2; what is lifted less than twice counts 0")
     assert (lift_weights(torch.tensor([[3, 3, 4], [30, 30, 40]])) == 0).all(), "nothing is lifted"
+    assert lift_weights(torch.tensor([[1, 0, 0], [30, 30, 40]])).tolist() == [[1, 0, 0]], (
+        "a chunk of one token")
 
 
 def test_alignment_is_the_cross_entropy_of_what_the_embedding_alone_promotes():

@@ -301,4 +301,4 @@ def test_a_topics_ten_most_promoted_tokens_are_to_be_likelier_in_its_chunks():
 
 
 def test_nothing_to_judge_is_a_share_of_0():
-    assert share([]) == 0 and share([True, False, True, True]) == 0.75
+    assert share([]) == 0 and share([True]) == 1 and share([True, False, True, True]) == 0.75

@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_adds_to_its_seconds(run, tmp_path):
 def test_a_minute_is_sixty_seconds(run, tmp_path, monkeypatch):
     """By a clock on which a step takes two seconds."""
     import train_tiny
-    clock = count(0.0, 2.0)
+    clock = count(100.0, 2.0)
     monkeypatch.setattr(train_tiny, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     out = run("--minutes", 1)
     assert seconds_of(tmp_path / "out") == 60.0 and "step 31" not in out

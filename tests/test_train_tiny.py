@@ -390,6 +390,11 @@ def test_each_process_needs_room_for_its_own_windows_only(run, monkeypatch):
 
 def test_activations_that_are_computed_again_need_a_tenth_of_the_room(run, tmp_path, monkeypatch):
     """A layer of 32 numbers, two windows of 64 tokens: ten such numbers, or one, of four bytes."""
+    deep = train_tiny.Config.tiny()  # 4 layers of 128, a context of 256
+    monkeypatch.setattr(train_tiny, "free_memory", lambda device: 40 * 3 * 256 * 4 * 128)
+    train_tiny.require_room(3, deep, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match="--batch 4"):
+        train_tiny.require_room(4, deep, torch.device("cpu"), False)
     numbers = 32 * 2 * 64
     monkeypatch.setattr(train_tiny, "free_memory", lambda device: 40 * numbers - 1)
     assert "a step takes over" in run("--steps", 1, "--batch", 2, status=2)
@@ -405,6 +410,7 @@ def test_labelled_lines_train_their_concepts(run, tmp_path):
         + "\n" for i in range(400)))
     out = run("--steps", 5, "--text", tmp_path / "a.jsonl")
     assert "1 known concepts" in out and "presence" in out
+    assert "express" in out, "a chunk's only concept is injected, too"
     assert "AUC" in run("--text", tmp_path / "a.jsonl", "--evaluate", tmp_path / "out")
     assert "0,even,,known," in (tmp_path / "out" / (LABELS + ".csv")).read_text()
 
