@@ -106,13 +106,13 @@ def test_known_concepts_stand_alone_at_a_share_of_the_tokens():
 
 
 def test_the_trainer_says_when_a_run_was_too_short_to_mean_anything(run, tmp_path, monkeypatch):
-    out = run("--steps", 5)
-    held_out = float(re.search(r"held out ([0-9.]+)", out)[1])
+    out = run("--steps", 10, "--batch", 1)
+    held_out = float(re.findall(r"held out ([0-9.]+)", out)[1])
     said = re.search(r"too short a run .* held out ([0-9.]+); a model .* has ([0-9.]+)", out)
     assert float(said[1]) == pytest.approx(held_out, abs=0.006)
     assert 0.9 * float(said[2]) < held_out
     monkeypatch.setattr(train_tiny, "token_entropy", lambda *args: 1.2 * held_out)
-    assert "too short" not in run("--steps", 5, out=tmp_path / "long")
+    assert "too short" not in run("--steps", 5, "--batch", 1, out=tmp_path / "long")
 
 
 def test_what_the_frequencies_of_tokens_alone_give_is_their_entropy():
@@ -239,6 +239,20 @@ def test_a_plain_step_begins_with_no_gradient_of_the_step_before():
     close(found[1], found[0], "the same step of the same weights: gradients must not add up")
 
 
+def test_no_step_begins_with_the_gradient_of_the_step_before():
+    args, found = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), []
+    for steps in ((3, 4), (4,)):  # at a rate of 0, so with the same weights
+        model = fresh()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        objective = train_tiny.Objective(
+            model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
+        for step in steps:
+            train_tiny.take_step(objective, optimizer, train_tiny.draw_step(
+                STORIES, model.config, step, 0.9, args), 0.9, 0.0, torch.float32)
+        found.append(model.transformer.tok_emb.weight.grad)
+    close(*found, "the gradient of the last step alone")
+
+
 def test_a_step_uses_the_learning_rate_that_it_is_given():
     """Not that of the step before."""
     args = train_tiny.Namespace(seed=0, batch=2, without=["steering"])
@@ -351,6 +365,7 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path, monkeypatch
     (tmp_path / "a.txt").write_text(text)
     out = run("--steps", 5, "--text", tmp_path / "a.txt", "--vocab", 300)
     assert "no labels" in out and "presence" not in out.split("step 5")[1]
+    assert "express" not in out, "there is nothing to inject"
     model, tokenizer = load(tmp_path / "out")
     assert len(tokenizer.encode("This is paragraph")) == 3, "the words are the text's own"
     assert model.config.vocab_size <= 300
@@ -393,6 +408,7 @@ def test_activations_that_are_computed_again_need_a_tenth_of_the_room(run, tmp_p
     deep = train_tiny.Config.tiny()  # 4 layers of 128, a context of 256
     monkeypatch.setattr(train_tiny, "free_memory", lambda device: 40 * 3 * 256 * 4 * 128)
     train_tiny.require_room(3, deep, torch.device("cpu"), False)
+    train_tiny.require_room(30, deep, torch.device("cpu"), True)
     with pytest.raises(ValueError, match="--batch 4"):
         train_tiny.require_room(4, deep, torch.device("cpu"), False)
     numbers = 32 * 2 * 64
