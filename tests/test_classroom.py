@@ -198,7 +198,9 @@ def test_a_wrong_handout_is_one_line(original, run, tmp_path, arguments, message
 
 
 def test_a_level_is_handed_out(original, run, tmp_path):
-    assert run(original, "handout", tmp_path / "hard", "--level", "3")[0] == 0
+    code, out, _ = run(original, "handout", tmp_path / "hard", "--level", "3")
+    commit = log(tmp_path / "hard", "--format=%H").strip()
+    assert code == 0 and f"commit {commit[:12]}" in out
     listed = (tmp_path / "hard" / "steerling_min" / "course" / "handed_out.txt").read_text()
     assert listed.split() == [e.name for e in EXERCISES.values() if e.level == 3]
 

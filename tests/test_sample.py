@@ -286,6 +286,23 @@ def test_the_first_texts_likes_in_a_file_are_shown_or_are_json(run, tmp_path):
     assert all(x["text"] in shown for chunk in like for x in chunk["like"])
 
 
+def test_every_token_has_its_step_in_json(run):
+    tokens = json.loads(run("--json", new=6).out)["samples"][0]["tokens"]
+    assert sorted(token["step"] for token in tokens) == list(range(6))
+
+
+def test_the_dtype_is_the_one_asked_for(run):
+    assert " parameters, bfloat16, on cpu" in run("--dtype", "bfloat16").out
+
+
+def test_what_is_watched_is_a_prompt_and_so_many_tokens(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "watch", lambda steps, tokenizer, prompt, new: (
+        seen.append((tokenizer.decode(prompt), new)), steps)[1])
+    run("--watch")
+    assert seen == [("abcd ab", 8)]
+
+
 def test_the_figures_say_that_a_watched_text_was_slowed_down(run, monkeypatch):
     assert "slowed" not in run("--watch").out, "no terminal, no pause"
     monkeypatch.setattr(sample, "live", lambda out: True)
@@ -500,13 +517,15 @@ def test_where_no_label_has_the_word_those_are_found_that_promote_it(search, tin
     table = model.known_head if head == "known" else model.unknown_head
     E = table.embedding(torch.arange(table.n_concepts))
     strengths = E @ model.transformer.tok_emb.weight.T  # (C, V)
-    [token] = tokenizer.encode(" abac")
-    promoting = (strengths.topk(8).indices == token).any(1)
-    best = strengths[:, token].where(promoting, -torch.inf).argmax().item()
+    tokens = [ids[0] for ids in map(tokenizer.encode, ("abac", " abac")) if len(ids) == 1]
+    listed = torch.zeros_like(strengths).scatter(1, strengths.topk(8).indices, 1.0) > 0
+    promoting = strengths.where(listed, -torch.inf)[:, tokens].amax(1)
+    order = [i for i in promoting.argsort(descending=True).tolist() if promoting[i].isfinite()]
 
     result = search("ABAC", *flags)
     assert result.lines.pop(0) == "no label has these words; these concepts promote them:"
-    assert f"{best}  {said} {best}" in names(result)
+    found = [name for name in names(result) if name.split()[1] == said]
+    assert found == [f"{i}  {said} {i}" for i in order[:len(found)]] != [], "the strongest first"
     assert all("'abac'" in line or "' abac'" in line for line in result.lines)
     assert len(result.lines) <= 20
     assert any("discovered" in name for name in names(result)) == (head == "unknown")
@@ -677,11 +696,13 @@ def test_an_interrupt_ends_quietly(run, monkeypatch):
     assert (result.code, result.err) == (130, "")
 
 
-def test_an_interrupt_prints_the_text_so_far_but_json_stays_json(run, monkeypatch):
+def test_an_interrupt_prints_the_text_so_far_but_json_stays_json(run, monkeypatch, tiny_folder):
     def interrupted(*args, **options):
-        yield next(unmask(*args, **options))
+        for words in ("abcd", "abcd ab"):  # of which the second is shown
+            tokens = torch.tensor([tokenizer.encode(words)])
+            yield Step(tokens, (), (tokens[0],), (), (), torch.tensor([0]))
         raise KeyboardInterrupt
-    unmask = sample.unmask
+    _, tokenizer = load(tiny_folder, "cpu")
     monkeypatch.setattr(sample, "unmask", interrupted)
     plain, json = run(), run("--json")
     assert (plain.code, json.code) == (130, 130)
