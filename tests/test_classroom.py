@@ -327,6 +327,10 @@ def test_of_a_submission_the_function_counts_and_nothing_else(rows, name):
     assert row["passed"] == (FILES[name][1] == "") and FILES[name][1] in row["reason"]
 
 
+def test_what_is_not_run_takes_no_time(rows):
+    assert rows["blank", "norm"]["seconds"] == 0.0 < rows["right", "norm"]["seconds"]
+
+
 def test_another_exercise_of_the_same_student_is_graded_by_itself(rows):
     assert all(row["passed"] for (_, exercise), row in rows.items() if exercise == "alpha")
 

@@ -74,6 +74,7 @@ def test_what_is_saved_is_the_hubs_layout():
     for name in HUB.keys() - {"architectures", "auto_map", "torch_dtype", "transformers_version"}:
         assert name in saved, f"the hub's file states {name}"
         assert saved[name] == HUB[name] or name == "concept_block_size"
+    assert saved["concept_block_size"] == 4096, "the official package's default; unused here"
 
 
 @pytest.mark.parametrize("name", ["n_kv_heads", "topk_known_features", "intermediate_size"])

@@ -42,6 +42,7 @@ def answer(monkeypatch, text):
     calls = []
 
     def write(model, tokenizer, prompt, n, seed, steering=None):
+        assert tokenizer.decode([300]) == TOKENIZER.decode([300]), "a tokenizer, not the model"
         calls.append((decode(prompt), n, seed, steering))
         return decode(prompt), text(decode(prompt), n, steering)
     monkeypatch.setattr(evaluate, "write", write)

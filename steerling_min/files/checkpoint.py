@@ -155,7 +155,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: boo
 
 
 def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: torch.dtype,
-                 int8: bool = False) -> None:
+                 int8: bool) -> None:
     """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
 
     The files are memory-mapped. On the CPU, in the stored dtype, the parameters *are* the mapped
