@@ -311,7 +311,7 @@ def test_of_what_the_model_writes_each_token_counts_with_the_step_that_wrote_it(
     """Two texts by hand: " Mara" and " the" with shares 1/2, 1/4, 1/4 and 1, 0, 0; then " Juno"."""
     asked = []
     mara, the, juno = (TOKENIZER.encode(word)[0] for word in (" Mara", " the", " Juno"))
-    texts = [([mara, the], [[2., -1, 1], [3, 0, 0]]), ([juno], [[0., 1, -3]])]
+    texts = [([mara, the], [[2., -1, 1], [3, 0, 0]]), ([juno], [[0., 3, -1]])]
 
     def unmask(model, prompts, n, *, align, repetition_penalty, seed):
         asked.append((prompts, n, align, repetition_penalty, seed))
@@ -330,8 +330,8 @@ def test_of_what_the_model_writes_each_token_counts_with_the_step_that_wrote_it(
     assert found == pytest.approx({
         "contribution to what the model writes: known": (1 / 2 + 1 + 0) / 3,
         "... known, at content words that it writes": (1 / 2 + 0) / 2,  # not at " the"
-        "... discovered, to what it writes": (1 / 4 + 0 + 1 / 4) / 3,
-        "... epsilon, to what it writes": (1 / 4 + 0 + 3 / 4) / 3})
+        "... discovered, to what it writes": (1 / 4 + 0 + 3 / 4) / 3,
+        "... epsilon, to what it writes": (1 / 4 + 0 + 1 / 4) / 3})
 
 
 def test_alignment_counts_tokens_that_are_twice_as_likely_in_held_out_chunks(monkeypatch, measured):
