@@ -91,6 +91,17 @@ def test_a_tokens_colour_tells_its_step_dark_for_early_ones():
                       ("d", module.COLOURS[4])], "the prompt is plain; nine steps, nine colours"
 
 
+def test_a_picture_is_seen_when_it_is_drawn():
+    """... and not when a buffer is full."""
+    class Buffered(Terminal):
+        seen = ""
+
+        def flush(self):
+            self.seen = self.getvalue()
+    out = Buffered()
+    assert module.redraw(out, [("a", None)], 0) == 1 and out.seen.endswith("a\n")
+
+
 def test_a_picture_takes_the_place_of_the_one_before(bundled, monkeypatch):
     monkeypatch.setattr(module, "FRAME", 0)
     out = Terminal()

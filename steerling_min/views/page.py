@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")  # 
 
 
 def inputs_of(model: Steerling, tokenizer: Tokenizer, steps: Sequence[Step], prompt: list[int],
-              row: int = 0) -> dict[int, list[dict]]:
+              row: int) -> dict[int, list[dict]]:
     """For each written token, find the input tokens that did most for it, or against it.
 
     Returns {written position: [{"position", "text", "contribution" (logits)}]}, at most INPUTS of
