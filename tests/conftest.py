@@ -116,13 +116,13 @@ def run(tmp_path, monkeypatch, capsys):
     """Run train_tiny.py's main, small and logging often; returns what it prints."""
     import train_tiny
 
-    def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5):
+    def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5, SAVE_EVERY=0):
         monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), *SHARED,
                                           *map(str, arguments)])
         monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
         monkeypatch.setattr(train_tiny, "WARMUP", 5)
         monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)
-        monkeypatch.setattr(train_tiny, "SAVE_EVERY", 0)
+        monkeypatch.setattr(train_tiny, "SAVE_EVERY", SAVE_EVERY)
         try:
             train_tiny.main()
             ended = 0

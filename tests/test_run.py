@@ -121,13 +121,19 @@ def test_a_run_that_goes_on_adds_to_its_seconds(run, tmp_path):
 
 
 def test_a_minute_is_sixty_seconds(run, tmp_path, monkeypatch):
-    """By a clock on which a step takes two seconds."""
+    """By a clock on which a step, of 4 windows of 64 tokens, takes 16 seconds."""
     import train_tiny
-    clock = count(100.0, 2.0)
+    clock, saved, save = count(100.0, 16.0), [], Run.save
     monkeypatch.setattr(train_tiny, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    out = run("--minutes", 1)
-    assert seconds_of(tmp_path / "out") == 60.0 and "step 31" not in out
-    assert re.search("step 15: .* 0.5 min left", out) and re.search("step 30: .* 0.0 min left", out)
+    monkeypatch.setattr(Run, "save", lambda self, *args: (
+        saved.append(self.step), save(self, *args))[1])
+    out = run("--minutes", 8, SAVE_EVERY=160)
+    assert seconds_of(tmp_path / "out") == 480.0 and "step 31" not in out
+    assert "step 15: 16 tokens/s, 4.0 min left" in out
+    assert "step 30: 16 tokens/s, 0.0 min left" in out
+    assert saved == [0, 15, 30, 30], "first; after a line, if 160 seconds are over; last"
+    out = run("--resume", "--minutes", 12, SAVE_EVERY=160)
+    assert seconds_of(tmp_path / "out") == 720.0 and "step 35: 16 tokens/s, 2.7 min left" in out
 
 
 def a_run(tmp_path):

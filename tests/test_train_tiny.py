@@ -50,8 +50,8 @@ def fresh():
 def test_norms_are_not_decayed():
     model = fresh()
     groups = train_tiny.make_optimizer(model).param_groups
-    decay = {p.dim(): group["weight_decay"] for group in groups for p in group["params"]}
-    assert decay == {2: 0.1, 1: 0.0}
+    decay = {(p.dim(), group["weight_decay"]) for group in groups for p in group["params"]}
+    assert decay == {(2, 0.1), (1, 0.0)}
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
@@ -471,7 +471,8 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
 @pytest.mark.parametrize("arguments, message", [
     (["--steps", 0], "--steps 0: at least 1"), (["--minutes", -1], "--minutes -1"),
     (["--minutes", 0], "--minutes 0"), (["--seed", 2**63], "--seed 9223372036854775808"),
-    (["--minutes", "nan"], "--minutes nan"), (["--lr", 0], "--lr 0"), (["--batch", 0], "--batch 0"),
+    (["--minutes", "nan"], "--minutes nan"), (["--minutes", "inf"], "--minutes inf"),
+    (["--lr", 0], "--lr 0"), (["--lr", 1], "--lr 1"), (["--batch", 0], "--batch 0"),
     (["--seed", -1], "--seed -1"), (["--top", 0], "--top 0"),
     (["--size", "huge"], "invalid choice: 'huge'"),
     (["--device", "abacus"], "'abacus' is not available"), (["--dtype", "int8"], "int8"),
