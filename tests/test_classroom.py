@@ -197,6 +197,12 @@ def test_a_wrong_handout_is_one_line(original, run, tmp_path, arguments, message
     assert not (tmp_path / "NEW").exists()
 
 
+def test_what_git_refuses_is_no_handout(run, tmp_path):
+    (tmp_path / "no repository" / "tests").mkdir(parents=True)
+    code, out, error = run(tmp_path / "no repository", "handout", tmp_path / "new", "norm")
+    assert code == 2 and "checkout-index" in error.splitlines()[-1] and not out
+
+
 def test_a_level_is_handed_out(original, run, tmp_path):
     code, out, _ = run(original, "handout", tmp_path / "hard", "--level", "3")
     commit = log(tmp_path / "hard", "--format=%H").strip()

@@ -254,6 +254,19 @@ def test_no_step_begins_with_the_gradient_of_the_step_before(monkeypatch):
     close(found[0] / found[1].norm(), found[1] / found[1].norm(), "that of the last step alone")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_compute_in_the_dtype_that_is_asked_for_and_losses_in_float32(dtype):
+    args, model, seen = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), fresh(), set()
+    for block in model.transformer.blocks:
+        block.attn.c_attn.register_forward_hook(lambda module, x, out: seen.add(out.dtype))
+    objective = train_tiny.Objective(
+        model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
+    losses = train_tiny.take_step(objective, torch.optim.SGD(model.parameters(), lr=1.0),
+                                  train_tiny.draw_step(STORIES, model.config, 3, 0.9, args), 0.9,
+                                  0.0, dtype)
+    assert seen == {dtype} and {loss.dtype for loss in losses.values()} == {torch.float32}
+
+
 def test_a_step_uses_the_learning_rate_that_it_is_given():
     """Not that of the step before."""
     args = train_tiny.Namespace(seed=0, batch=2, without=["steering"])
