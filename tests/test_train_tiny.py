@@ -283,9 +283,17 @@ def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_one(run, tmp_path
     numbers = iter(range(1, 11))
     monkeypatch.setattr(train_tiny, "take_step",
                         lambda *args: {"token": torch.tensor(float(next(numbers)))})
+    asked, said = [], []
+    monkeypatch.setattr(train_tiny, "held_out_loss", lambda model, batch: (
+        asked.append(tuple(batch.tokens.shape)), 1.0)[1])
+    monkeypatch.setattr(train_tiny.Run, "say", lambda self, line, passing=False: said.append(
+        (line.split(":")[0], passing)))
     run("--steps", 10)
     assert [row["token"] for row in history_of(tmp_path / "out")] == [3.0, 8.0], (
         "1 to 5, then 6 to 10")
+    assert asked == [(8, 64)] * 2, "eight held-out windows of the context's length"
+    assert [row for row in said if row[0].startswith("step")] == [
+        ("step 1", True), ("step 5", False), ("step 10", False)], "what is in the curve stays"
 
 
 # ---- runs ----------------------------------------------------------------------------------------
