@@ -47,6 +47,13 @@ def fresh():
     return train_tiny.fill(train_tiny.make_model("tiny", STORIES), "cpu", train_tiny.first_weight)
 
 
+@pytest.mark.parametrize("size, millions", [("tiny", 1.43), ("small", 8.26),
+                                            ("medium", 105.33), ("large", 823.89)])
+def test_sizes_are_what_their_comments_say(size, millions):
+    model = train_tiny.make_model(size, STORIES)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
+
+
 def test_norms_are_not_decayed():
     model = fresh()
     groups = train_tiny.make_optimizer(model).param_groups
