@@ -261,6 +261,18 @@ def test_no_step_begins_with_the_gradient_of_the_step_before(monkeypatch):
     close(found[0] / found[1].norm(), found[1] / found[1].norm(), "that of the last step alone")
 
 
+def test_gradients_are_clipped_to_a_length_of_1_before_the_step():
+    args, model = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), fresh()
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    objective = train_tiny.Objective(
+        model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
+    train_tiny.take_step(objective, torch.optim.SGD(model.parameters(), lr=1.0),
+                         train_tiny.draw_step(STORIES, model.config, 3, 0.9, args), 0.9, 0.5,
+                         torch.float32)
+    moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-3), "at a rate of 0.5, half of 1"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_compute_in_the_dtype_that_is_asked_for_and_losses_in_float32(dtype):
     args, model, seen = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), fresh(), set()
