@@ -7,14 +7,14 @@
     python tests/mutants.py --generated --only sampling.py --jobs 4
     python tests/mutants.py --list                      # prints them and runs nothing
 
-A mutant is a copy of the repository with one edit. It is killed when a test fails in it, or hangs;
-one that survives shows a test that is missing, or an edit that changes nothing (EQUIVALENT). First
-the edited file's tests run, tests/test_X.py for X.py; if they pass, those in AFTER. A generated
-mutant is named by its line, with the edit in brackets: "x.py:7: return a [< -> <=] b".
+A mutant is a copy of the repository with one edit. It is killed when a test fails in it, or hangs.
+One that survives shows a test that is missing, or an edit that no test can notice: these stand in
+equivalent.json. First the edited file's tests run, tests/test_X.py for X.py; if they pass, those in
+AFTER. A generated mutant is named by its line, with the edit in brackets: "x.py:7: return a [< ->
+<=] b".
 
-Survivors: none known. Of the generated mutants, those of norm.py, attention.py, block.py,
-backbone.py and iguide.py were all run, most of those of sampling.py, and 236 drawn at random
-from all modules. Three survived at first, all in iguide.py; tests written since kill them.
+Survivors: none known. All generated mutants of November 2026, 4,519, were run once. What survived
+led to tests, or stands in equivalent.json with its reason.
 """
 
 import argparse
