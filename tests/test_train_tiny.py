@@ -487,6 +487,14 @@ def test_conversations_train_the_assistants_turns_alone(run, tmp_path):
     assert not torch.equal(drawn.masked, drawn.batch.learnt), "some of them, by the noise level"
 
 
+def test_a_shard_is_read_with_the_runs_seed_and_context(monkeypatch):
+    monkeypatch.setattr(train_tiny, "Atlas", lambda *args: args)
+    args = train_tiny.Namespace(text=[Path("a.parquet")], seed=7, vocab=300, top=5,
+                                concepts=Path("c.parquet"))
+    assert train_tiny.make_corpus(args, 64, None, []) == (
+        args.text, 7, 64, 300, None, [], args.concepts, 5)
+
+
 def test_a_shard_of_fineweb_atlas_trains_and_goes_on(run, tmp_path):
     test_atlas = pytest.importorskip("test_atlas", reason="needs pyarrow")
     shard = test_atlas.shard(tmp_path, test_atlas.rows_of(400))
