@@ -89,7 +89,7 @@ def test_a_handout_is_one_commit_with_the_functions_blank(handed_out):
         assert blank == (e.name in FEW), e.name
     for name in TEACHERS:
         assert (REPOSITORY / name).exists() and not (handed_out / name).exists()
-    for name in ("tests/mutants.py", "tests/mistakes.json", ".ci"):
+    for name in ("tests/mutants.py", "tests/mistakes.json", "tests/equivalent.json", ".ci"):
         assert not (handed_out / name).exists(), f"{name} quotes solutions, or is not for students"
 
 

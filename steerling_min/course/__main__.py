@@ -67,7 +67,7 @@ def start(exercise: Exercise) -> None:
     docstrings = "its docstring and its class's say" if "." in name else "its docstring says"
     print(f"{name} in {file.relative_to(ROOT)}, line {line}, is blank; {docstrings} what it does.\n"
           f"Read: {exercise.read}.\nCheck: python -m steerling_min.course check {exercise.name}\n"
-          "(Do not look: .course/, tests/mutants.py and tests/mistakes.json have solutions.)\n"
+          "(Do not look: .course/, tests/mutants.py and tests/*.json have solutions.)\n"
           f"Give up: python -m steerling_min.course restore {exercise.name}")
 
 

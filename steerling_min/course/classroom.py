@@ -36,7 +36,7 @@ from .functions import blanked, exchanged, file_of, find, read, write
 # A handout lacks these files: they quote solutions, grade submissions, or only look after this
 # repository. The numbers of the official package stay, because tests of exercises read them.
 TEACHERS = [".ci", ".github/workflows/test.yml", "tests/mutants.py", "tests/mistakes.json",
-            "tests/test_course.py", "tests/test_classroom.py",
+            "tests/equivalent.json", "tests/test_course.py", "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md"))]
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
