@@ -41,7 +41,11 @@ class Tokenizer:
 
     def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int],
                  instruct: bool = False):
-        """Append the special tokens to an encoding's own, which have <|endoftext|> already."""
+        """Append the special tokens to an encoding's own, which have <|endoftext|> already.
+
+        The first four arguments are those of `tiktoken.Encoding`: ranks are ids by a token's bytes,
+        special ids by a token's name.
+        """
         ids = {*ranks.values(), *special.values()}
         n = max(ids) + 1
         # cl100k_base leaves 16 ids without a token; a model can still write them
