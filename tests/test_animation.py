@@ -55,7 +55,7 @@ def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
     assert [text.strip() for text in still(svg) if text.strip()] == [
         "p", "written by", "known: content", "known", "discovered", "epsilon"], "the legend"
     bold = [x.text for x in svg.iter(SVG + "text") if x.get("font-weight")]
-    assert bold[0] == "p" and not {" <b>", " &", "A"} & {*bold}, "the prompt is not the model's"
+    assert bold[0] == "p" and not {" <b>", " &", "A"} & {*bold}, "bold is the prompt"
     tiles = [rect.get("fill") for rect in svg.iter(SVG + "rect") if not len(rect)][1:]
     assert tiles == [COLOURS[name][0] for name in ("content", "known", "discovered", "epsilon")], (
         "the legend's colours are the tokens'")

@@ -276,7 +276,7 @@ def test_a_concept_that_there_is_not_is_named(model, concept):
             ask(model, concept)
 
 
-def test_ten_tokens_and_five_likes_unless_another_number_is_asked_for(model):
+def test_by_default_ten_tokens_are_found_and_five_similar_chunks_or_concepts(model):
     E = model.known_head.concept_embedding.weight
     assert len(promoted(model, 3)[0]) == 10
     assert len(nearest(model, 3)[0]) == len(resembling(E[3], E)[0]) == 5

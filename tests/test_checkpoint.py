@@ -454,7 +454,7 @@ def test_too_little_memory_is_said_in_gigabytes_before_loading(monkeypatch):
     with pytest.raises(ValueError, match="8.0 GB in int8 and 7.2 GB"):
         checkpoint.require_memory(model, torch.device("cpu"), torch.bfloat16, True)
     assert checkpoint.free_memory(torch.device("cpu")) == 7_000_000 * 1024
-    assert checkpoint.free_memory(torch.device("mps")) == float("inf"), "nobody says"
+    assert checkpoint.free_memory(torch.device("mps")) == float("inf"), "it does not say"
     with torch.device("meta"):
         model.weights = torch.nn.Parameter(torch.empty(8_000_000_000))
     with pytest.raises(ValueError, match="16.0 GB in int8"):  # only matrices are made small

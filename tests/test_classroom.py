@@ -310,7 +310,6 @@ def test_a_submission_is_a_row_with_a_reason(rows, name):
     assert row["passed"] == (not reason) and row["reason"] == reason
     assert row["failed"].keys() == failed.keys()
     assert all(row["failed"][test].startswith(line) for test, line in failed.items())
-    assert row["seconds"] <= 9
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no groups of processes")
@@ -322,9 +321,10 @@ def test_what_a_submission_starts_ends_with_it(small, tmp_path, monkeypatch):
                 "    while not os.path.exists(os.environ['BEATS']): pass\n    return 2 * x\n")
     outcomes, reason, _ = run_tests(small, 30.0, EXERCISES["norm"], function)
     assert not reason and set(outcomes.values()) == {"", "skipped"}
+    time.sleep(0.2)  # until the signal has arrived
     beats = (tmp_path / "beats").stat().st_size
     time.sleep(0.3)
-    assert (tmp_path / "beats").stat().st_size == beats, "it would have gone on"
+    assert (tmp_path / "beats").stat().st_size == beats, "what it started still runs"
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -204,7 +204,8 @@ def test_a_blank_is_announced_with_its_place_and_what_to_read(run, root, name, d
     said = re.match(rf"{function} in steerling_min/{where}, line (\d+), is blank; {docstring} what",
                     out)
     text = (root / "steerling_min" / where).read_text(encoding="utf-8").splitlines()
-    assert said and f"def {function.split('.')[-1]}(" in text[int(said[1]) - 1]
+    assert said, f"where it is, and what to read: {out}"
+    assert f"def {function.split('.')[-1]}(" in text[int(said[1]) - 1], "the function's own line"
     assert exercise.read in out
 
 
@@ -283,6 +284,7 @@ def little(root, tmp_path, monkeypatch):
         process = FORKS.Process(target=pytest_in, args=(cwd, command[3:], report, 600))
         process.start()
         process.join()
+        assert report.exists(), f"pytest did not begin: exit code {process.exitcode}"
         print(report.read_text("utf-8"))
         return SimpleNamespace(returncode=process.exitcode)
     monkeypatch.setattr(course, "subprocess", SimpleNamespace(

@@ -214,7 +214,7 @@ def test_the_log_likelihood_of_a_continuation_is_minus_its_bound(small):
     assert math.isfinite(log_likelihood(small, [], continuation))
 
 
-def test_what_is_not_said_is_16_samples_or_64_from_seed_0(small):
+def test_by_default_a_bound_takes_16_samples_and_a_log_likelihood_64_from_seed_0(small):
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     assert torch.equal(likelihood_bound(small, tokens, generator=rng()),
                        likelihood_bound(small, tokens, None, 16, rng()))

@@ -294,7 +294,7 @@ def test_labels_stand_in_for_their_concepts_and_the_others_are_predicted(model, 
     known = given + (weights[..., None] * E[parts.known_ids]).sum(-2)
     logits = model.transformer.lm_head(known + parts.unknown)[masked]
     close(found["token"], torch.nn.functional.cross_entropy(logits, tokens[masked]),
-          "what is on the known side")
+          "labels for the concepts that have some, predictions for the others")
 
 
 def test_where_labels_stand_in_fully_only_unlabelled_concepts_are_predicted(model):

@@ -274,14 +274,14 @@ def test_peak_memory_is_in_kibibytes_or_on_a_mac_in_bytes(monkeypatch, platform,
     assert sample.peak_memory(torch.device("cpu")) == "20.48 GB peak memory"
 
 
-def test_the_first_texts_likes_in_a_file_are_shown_or_are_json(run, tmp_path):
+def test_what_resembles_the_first_text_is_shown_or_is_json(run, tmp_path):
     (tmp_path / "corpus.txt").write_text("abcd ab\n\naaaa\n\nbbbb bbbc\n\ndd")
     asked = ["--seed", 1, "--num-samples", 2, "--resembles", tmp_path / "corpus.txt"]
     shown, found = run(*asked).out, json.loads(run(*asked, "--json").out)["samples"]
     like = found[0]["resembles"]
     assert "resembles" not in found[1] and "resemblance is not cause" in shown
-    assert "".join(chunk["text"] for chunk in like) == found[0]["text"].replace("\n", ""), (
-        "the whole text, as it is in the end")
+    whole = "".join(chunk["text"] for chunk in like)
+    assert whole.replace("\n", "") == found[0]["text"].replace("\n", ""), "as it is in the end"
     assert {x["text"] for x in like[0]["like"]} == {"abcd ab", "aaaa", "bbbb bbbc", "dd"}
     assert all(x["text"] in shown for chunk in like for x in chunk["like"])
 
@@ -480,7 +480,8 @@ def test_concepts_are_found_by_their_labels_with_the_tokens_they_promote(search,
     model, tokenizer = load(tiny_folder, "cpu")
     tokens = map(tokenizer.quoted, promoted(model, 1, 8)[0].tolist())
     assert result.lines[0].endswith(" promotes " + ", ".join(tokens)) and result.err == ""
-    assert search("ships", labels=("1,ships,,known,",)).err == "", "some labels are labels"
+    some = search("ships", labels=("1,ships,,known,",))
+    assert some.err == "", "with some labels there is no warning"
 
 
 def test_discovered_concepts_are_found_when_asked_for(search, tiny_folder):

@@ -66,12 +66,10 @@ def test_entropy_is_measured_against_the_nucleus_size():
     expected = 0.3 + 0.4 * entropy / math.log(3)
     assert entropy_temperature(p.log(), 0.96).item() == pytest.approx(expected, abs=1e-5), (
         "two cumulative probabilities are at most 0.96, so k = 3")
-    p = torch.tensor([0.75, 0.125, 0.125])
-    top_p = p.log().softmax(-1).cumsum(-1)[1].item()  # 0.875, as the computer adds
-    entropy = -sum(q * math.log(q) for q in p.tolist())
-    expected = 0.3 + 0.4 * entropy / math.log(3)
-    assert entropy_temperature(p.log(), top_p).item() == pytest.approx(expected, abs=1e-5), (
-        "k = 3: a cumulative probability that equals top_p counts")
+    two = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])  # cumulative .5 1 1 1, exactly
+    expected = 0.3 + 0.4 * math.log(2) / math.log(5)
+    assert entropy_temperature(two, 1.0).item() == pytest.approx(expected, abs=1e-5), (
+        "k = 5: a cumulative probability that equals top_p counts")
     p = torch.tensor([0.9, 0.1])  # none is <= 0.8: k is 2 at least, else ln k would be 0
     entropy = -sum(q * math.log(q) for q in p.tolist())
     expected = 0.3 + 0.4 * entropy / math.log(2)

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIG, SHARED, SMALL, close, history_of, same_files
-from torch import multiprocessing
 
 import train_tiny
 from steerling_min import Steerling, load
@@ -49,7 +48,7 @@ def fresh():
 
 @pytest.mark.parametrize("size, millions", [("tiny", 1.43), ("small", 8.26),
                                             ("medium", 105.33), ("large", 823.89)])
-def test_sizes_are_what_their_comments_say(size, millions):
+def test_a_size_is_so_many_millions_of_parameters(size, millions):
     model = train_tiny.make_model(size, STORIES)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
@@ -574,24 +573,35 @@ def processes(n, folder, *arguments):
 
 
 def one_of(rank, n, port, folder, arguments):
-    """What torchrun starts, forked: PyTorch, which takes seconds, is imported already."""
+    """One process of a run, as torchrun starts it."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
     for name in list(sys.modules):
         if name.split(".")[0] in ("steerling_min", "train_tiny"):
             del sys.modules[name]  # its rank is read when it is imported
     sys.argv = ["script.py", "--out", str(folder / "out"), *arguments, *SHARED]
+    sys.stderr = open(folder / f"errors{rank}", "w", buffering=1)
     exec(SCRIPT, {})
 
 
 def run_in_processes(n, folder, *arguments):
-    if sys.platform != "linux":
-        pytest.skip("only Linux forks safely")
+    if sys.platform == "win32":
+        pytest.skip("Windows has no forks")
+    from mutants import FORKS  # forks of a process that has imported PyTorch, and nothing else
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(one_of, (n, port, folder, arguments), nprocs=n,
-                                    start_method="fork")
+    started = [FORKS.Process(target=one_of, args=(rank, n, port, folder, arguments))
+               for rank in range(n)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    ended = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert ended == [0] * n, "\n".join(
+        (folder / f"errors{rank}").read_text() for rank in range(n))
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -122,8 +122,9 @@ def require_memory(model: nn.Module, device: torch.device, dtype: torch.dtype, i
 
 
 class Unfilled(TorchFunctionMode):
-    """Leaves out first weights: on the meta device there are none, and PyTorch would import its
-    compiler, a second's work, to find that out."""
+    """Within it no first weights are drawn (`nn.init.normal_` does nothing). On the meta device
+    there are no numbers to draw, and PyTorch would import its compiler, a second's work, for that.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is not nn.init.normal_:

@@ -77,7 +77,8 @@ class Tokenizer:
                 f"({type(error).__name__}); on a machine with network run python -c \"import "
                 "tiktoken; tiktoken.get_encoding('cl100k_base')\" with TIKTOKEN_CACHE_DIR set to a "
                 "folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it") from None
-        return cls(base.name, base._pat_str, base._mergeable_ranks, base._special_tokens, instruct)
+        return cls(f"{base.name}_steerling", base._pat_str, base._mergeable_ranks,
+                   base._special_tokens, instruct)
 
     @classmethod
     def from_ranks(cls, ranks: dict[bytes, int], instruct: bool = False) -> "Tokenizer":

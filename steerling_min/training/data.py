@@ -166,7 +166,8 @@ def first_stories(steps: int = 30) -> Iterator[Sequence[Chunk]]:
 
 @cache
 def vocabulary() -> Tokenizer:
-    """The tiny world's, whatever the seed: bytes, then the words of a thousand stories."""
+    """The tiny world's tokenizer, the same for every seed, and made once: bytes, then the words of
+    a thousand stories, the most frequent first."""
     rng = random.Random(0)
     words = Counter(word for _ in range(1000) for chunk in world.write_story(rng).chunks
                     for word in re.findall(WORD, chunk.text) if len(word) > 1)
