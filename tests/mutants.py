@@ -20,7 +20,6 @@ led to tests, or stands in equivalent.json with its reason.
 import argparse
 import ast
 import json
-import multiprocessing
 import os
 import queue
 import random
@@ -38,15 +37,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from forks import FORKS
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.name: path.relative_to(ROOT).as_posix()  # no two have one name
          for path in [*(ROOT / "steerling_min").rglob("*.py"), ROOT / "sample.py",
                       ROOT / "train_tiny.py"] if path.name != "__init__.py"}
 MEMORY = 16 * 2**30  # bytes for each process: a mutant may fill a list for ever
-# Every mutant needs a fresh process; forked from one that has imported torch, it starts at once.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "tiktoken", "safetensors.torch"])
 
 
 class Mistake(NamedTuple):

@@ -89,6 +89,8 @@ def test_a_handout_is_one_commit_with_the_functions_blank(handed_out):
         assert blank == (e.name in FEW), e.name
     for name in TEACHERS:
         assert (REPOSITORY / name).exists() and not (handed_out / name).exists()
+    for file in (handed_out / "tests").glob("*.py"):
+        assert not re.search("(from|import) mutants", read(file)), f"{file.name} could not run"
     for name in ("tests/mutants.py", "tests/mistakes.json", "tests/equivalent.json", ".ci"):
         assert not (handed_out / name).exists(), f"{name} quotes solutions, or is not for students"
 

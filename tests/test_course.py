@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from mutants import FORKS, make_copy, pytest_in
+from forks import FORKS
+from mutants import make_copy, pytest_in
 
 from steerling_min.course import __main__ as course
 from steerling_min.course.exercises import EXERCISES, MODIFICATIONS

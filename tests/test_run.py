@@ -64,7 +64,7 @@ def a_process(pipe, folder):
 def test_an_interrupted_run_is_a_model_and_ends_with_the_same_weights(way, status, run, tmp_path):
     whole = tmp_path / "whole"
     run("--steps", 40, out=whole)
-    from mutants import FORKS  # forks of a process that has imported PyTorch, and nothing else
+    from forks import FORKS
     os.mkfifo(tmp_path / "pipe")
     process = FORKS.Process(target=a_process, args=(tmp_path / "pipe", tmp_path / "out"))
     process.start()

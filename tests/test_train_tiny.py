@@ -587,7 +587,7 @@ def one_of(rank, n, port, folder, arguments):
 def run_in_processes(n, folder, *arguments):
     if sys.platform == "win32":
         pytest.skip("Windows has no forks")
-    from mutants import FORKS  # forks of a process that has imported PyTorch, and nothing else
+    from forks import FORKS
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
