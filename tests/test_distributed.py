@@ -60,8 +60,11 @@ def in_each_of_two(rank, folder):
 
 
 def test_two_processes_share_one_mean_and_its_gradient(tmp_path):
-    multiprocessing.start_processes(in_each_of_two, (str(tmp_path),), nprocs=2,
-                                    start_method="fork" if sys.platform == "linux" else "spawn")
+    method = "spawn"
+    if sys.platform != "win32":
+        from forks import FORKS  # not forks of this process: autograd may have run in it
+        method = FORKS.get_start_method()
+    multiprocessing.start_processes(in_each_of_two, (str(tmp_path),), nprocs=2, start_method=method)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

@@ -245,55 +245,50 @@ def test_a_plain_step_begins_with_no_gradient_of_the_step_before():
     close(found[1], found[0], "the same step of the same weights: gradients must not add up")
 
 
+def take(model, optimizer=None, step=3, lr=0.0, dtype=torch.float32):
+    """A step of the trainer on a window of stories, with every loss but steering's."""
+    args = train_tiny.Namespace(seed=0, batch=1, without=["steering"])
+    lift = torch.zeros(model.config.n_concepts, model.config.vocab_size)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    drawn = train_tiny.draw_step(STORIES, model.config, step, 0.9, args)
+    return train_tiny.take_step(train_tiny.Objective(model, [], lift), optimizer, drawn, 0.9, lr,
+                                dtype)
+
+
 def test_no_step_begins_with_the_gradient_of_the_step_before(monkeypatch):
     monkeypatch.setattr(train_tiny.nn.utils, "clip_grad_norm_", lambda *args: None)  # hides it
-    args, found = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), []
+    found = []
     for steps in ((3, 4), (4,)):  # at a rate of 0, so with the same weights
         model = fresh()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        objective = train_tiny.Objective(
-            model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
         for step in steps:
-            train_tiny.take_step(objective, optimizer, train_tiny.draw_step(
-                STORIES, model.config, step, 0.9, args), 0.9, 0.0, torch.float32)
+            take(model, step=step)
         found.append(model.transformer.tok_emb.weight.grad)
     close(found[0] / found[1].norm(), found[1] / found[1].norm(), "that of the last step alone")
 
 
 def test_gradients_are_clipped_to_a_length_of_1_before_the_step():
-    args, model = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), fresh()
+    model = fresh()
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    objective = train_tiny.Objective(
-        model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
-    train_tiny.take_step(objective, torch.optim.SGD(model.parameters(), lr=1.0),
-                         train_tiny.draw_step(STORIES, model.config, 3, 0.9, args), 0.9, 0.5,
-                         torch.float32)
+    take(model, lr=0.5)
     moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-3), "at a rate of 0.5, half of 1"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_compute_in_the_dtype_that_is_asked_for_and_losses_in_float32(dtype):
-    args, model, seen = train_tiny.Namespace(seed=0, batch=1, without=["steering"]), fresh(), set()
+    model, seen = fresh(), set()
     for block in model.transformer.blocks:
         block.attn.c_attn.register_forward_hook(lambda module, x, out: seen.add(out.dtype))
-    objective = train_tiny.Objective(
-        model, [], torch.zeros(model.config.n_concepts, model.config.vocab_size))
-    losses = train_tiny.take_step(objective, torch.optim.SGD(model.parameters(), lr=1.0),
-                                  train_tiny.draw_step(STORIES, model.config, 3, 0.9, args), 0.9,
-                                  0.0, dtype)
+    losses = take(model, dtype=dtype)
     assert seen == {dtype} and {loss.dtype for loss in losses.values()} == {torch.float32}
 
 
 def test_a_step_uses_the_learning_rate_that_it_is_given():
     """Not that of the step before."""
-    args = train_tiny.Namespace(seed=0, batch=2, without=["steering"])
     model = fresh()
     optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()], lr=1.0)
-    lift = torch.zeros(model.config.n_concepts, model.config.vocab_size)
     before = model.transformer.tok_emb.weight.detach().clone()
-    train_tiny.take_step(train_tiny.Objective(model, [], lift), optimizer, train_tiny.draw_step(
-        STORIES, model.config, 3, 0.9, args), 0.9, 0.0, torch.float32)
+    take(model, optimizer)
     assert torch.equal(model.transformer.tok_emb.weight, before), "a rate of 0 moves nothing"
 
 
