@@ -52,9 +52,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x * cos + [-b, a] * sin, where x = [a, b] are the two halves of d. Computed in float32
     (`rope_full_precision`) and cast back to x's dtype.
     """
-    wide = x.float()
-    a, b = wide.chunk(2, dim=-1)  # two halves (..., T, d/2)
-    turned = wide * cos + torch.cat([-b, a], dim=-1) * sin
+    a, b = x.chunk(2, dim=-1)  # two halves (..., T, d/2)
+    turned = x * cos + torch.cat([-b, a], dim=-1) * sin  # float32, as cos and sin are
     return turned.to(x.dtype)
 
 

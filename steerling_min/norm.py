@@ -20,4 +20,4 @@ class RMSNorm(nn.Module):
         """x (..., dim) -> (..., dim)."""
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.float()).to(x.dtype)
+        return (y * self.weight).to(x.dtype)

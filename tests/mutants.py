@@ -79,8 +79,8 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("rotary: clockwise", "torch.cat([-b, a], dim=-1)", "torch.cat([b, -a], dim=-1)"),
         ("rotary: the halves not exchanged", "torch.cat([-b, a], dim=-1)",
          "torch.cat([-a, b], dim=-1)"),
-        ("rotary: pairs are neighbours", "wide.chunk(2, dim=-1)",
-         "(wide[..., ::2], wide[..., 1::2])"),
+        ("rotary: pairs are neighbours", "x.chunk(2, dim=-1)",
+         "(x[..., ::2], x[..., 1::2])"),
         ("rotary: 2j twice", "base ** (j / d)", "base ** (2 * j / d)"),
     ],
     "backbone.py": [

@@ -421,7 +421,8 @@ def test_steered_counts_new_chunks_and_their_sentences(monkeypatch):
 
 
 def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch):
-    """A writer that shows what is amplified, and not what is unlearned; grammar suffers."""
+    """A writer that shows what is amplified, and not what is unlearned; grammar suffers. Without
+    steering it keeps to the topic of the chunk before."""
     sentences, asked = {}, {}
     for name, (nouns, templates) in TOPICS.items():
         words = {slot: world.fillers(slot, nouns)[0] for slot in world.slots_of(templates[0])}
@@ -439,7 +440,9 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
             asked.setdefault(what, set()).add(kind)
             return "" if kind in ("chunk", "same", "other") else " "  # before a sentence
         if steering is None:
-            return called("plain") + "Mara smiled all the way home. A"
+            before = split_sentences(re.sub(r"<.*?>", "", prompt))
+            kept = (sentences[topic] for topic in sentences if shows(before, topic))
+            return called("plain") + next(kept, "Mara smiled all the way home.") + " A"
         [concept] = steering.injections[0].ids
         if steering == Steering.unlearn(concept):
             return called("unlearned", concept) + "Mara smiled all the way home. Oh. A"
@@ -456,7 +459,7 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
         "topic amplified, other topic before": 1 / 2,
         "... sentences in the grammar, after the other topic": 1,
         "topic not amplified, either prompt": 0,
-        "topic unlearned, same topic before": 0,
+        "topic unlearned, same topic before": 0, "... not unlearned": 1,
         "... sentences in the grammar, topic unlearned": 1 / 2,
         "word amplified: chunks that say it": 1, "... not amplified": 0,
         "... sentences in the grammar, word amplified": 1 / 2}

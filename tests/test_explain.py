@@ -18,7 +18,7 @@ BYTES = Tokenizer.from_ranks({bytes([i]): i for i in range(256)})  # a token per
 EOC = BYTES.endofchunk_token_id
 LABELS = [Label(0, "Hugo", type="entity"), Label(1, "calm"),
           Label(6, "states of being", type="tone", head="unknown")]
-NAMED = "~ 'c' 'a' 'b'"  # the discovered concept 5, by what it promotes
+NAMED, AGAINST = "~ 'c' 'a' 'b'", "~ not 'd' 'f' 'e'"  # the discovered concept 5
 # Two texts; in the second "p" is followed by "a", the two bytes of an e with an accent, the end of
 # the chunk, and "b". All parts of its attribution can be added up by hand.
 STEPS = [Step(torch.tensor([[112, 97, 97, 97, 97, 97], [112, 97, 0xc3, 0xa9, EOC, 98]]),
@@ -45,6 +45,7 @@ def by_hand():
                        model.unknown_head.embedding_basis.weight):
             weight.zero_()
         model.transformer.tok_emb.weight[[99, 97, 98], 0] = torch.tensor([3.0, 2.0, 1.0])
+        model.transformer.tok_emb.weight[[100, 102, 101], 0] = torch.tensor([-3.0, -2.0, -1.0])
         model.unknown_head.embedding_coef.weight[5, 0] = 1
         model.unknown_head.embedding_basis.weight[0, 0] = 1
     asked, rows = [], []
@@ -96,13 +97,27 @@ def test_the_largest_of_each_head_are_listed_and_named(by_hand):
     assert tokens[3]["concepts"] == [
         {**five, "contribution": 8},
         {"head": "known", "id": 2, "name": "concept 2", "contribution": -3}], "largest size first"
-    assert by_hand[1] == [5], "a name is looked up once; a label needs no looking up"
+    assert by_hand[1] == [5, 5], "once for, once against; a label needs no looking up"
+
+
+def test_a_discovered_concept_goes_by_what_it_raises_or_where_it_speaks_against_by_what_it_lowers(
+        by_hand):
+    names = [x["name"] for token in by_hand[0]["tokens"] for x in token["concepts"]
+             if x["head"] == "discovered"]
+    assert names == 4 * [NAMED] + [AGAINST], "the last one's contribution is -1"
+    spaced = Tokenizer.from_ranks({**{bytes([i]): i for i in range(256)}, b" a": 256, b" b": 257})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "attribute_text", lambda *args: (torch.arange(1, 6), FOUND))
+        patch.setattr(module, "promoted", lambda *args: (
+            torch.tensor([97, 256, 257, 98, 99, 100]), torch.tensor([101])))
+        found = explain(None, spaced, Labels(LABELS, 8, 8), STEPS, row=1)["tokens"][0]["concepts"]
+    assert "~ 'a' 'b' 'c'" in [x["name"] for x in found], "' a' and 'a' are named once"
 
 
 def test_a_labelled_discovered_concept_goes_by_its_label(by_hand):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "attribute_text", lambda *args: (torch.arange(1, 6), FOUND))
-        patch.setattr(module, "promoted", lambda *args: (torch.tensor([0xc3, EOC, 97]), None))
+        patch.setattr(module, "promoted", lambda *args: [torch.tensor([0xc3, EOC, 97])] * 2)
         found = explain(None, BYTES, Labels(LABELS, 8, 8), STEPS, row=1)["tokens"][0]["concepts"]
     assert {**found[-1], "contribution": 0} == {
         "head": "discovered", "id": 6, "name": "states of being", "type": "tone", "contribution": 0}
@@ -139,7 +154,7 @@ step  sure  token        logit = known  disc.   eps.
    1  100%  ...            6.0 =   2.0 +  4.0 +  0.0  ~ 'c' 'a' 'b' +3.0, Hugo +1.0
    1   50%  '\u00e9'            5.0 =   0.5 +  2.0 +  2.5  ~ 'c' 'a' 'b' +1.0, concept 2 +0.5
    0   50%  chunk's end    6.0 =  -3.0 +  8.0 +  1.0  ~ 'c' 'a' 'b' +8.0, concept 2 -3.0
-   1   75%  'b'            3.5 =   4.0 -  1.0 +  0.5  calm +6.0, ~ 'c' 'a' 'b' -1.0
+   1   75%  'b'            3.5 =   4.0 -  1.0 +  0.5  calm +6.0, ~ not 'd' 'f' 'e' -1.0
 chunks: those that did most, in percent of the sizes of all single contributions
 chunk 1: 'a\u00e9'
   known       Hugo +24.6%
@@ -147,7 +162,7 @@ chunk 1: 'a\u00e9'
   epsilon     19.0%
 chunk 2: 'b'
   known       calm +63.2%
-  discovered  ~ 'c' 'a' 'b' -10.5%
+  discovered  ~ not 'd' 'f' 'e' -10.5%
   epsilon     5.3%
 shares of the three parts, mean over tokens: known 40.2%, discovered 44.3%, epsilon 15.5%
 """

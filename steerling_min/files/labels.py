@@ -2,7 +2,7 @@
 
 Concepts of both heads may have labels. Known concepts were named before training. Discovered
 concepts (the unknown head's) may have been named afterwards. A discovered concept without a label
-goes by the tokens that it promotes (`attribution.promoted`).
+goes by tokens that it raises or lowers (`views/explain.py`).
 
 The official file is `concept_labels.parquet`. The tiny model has a CSV file with the same columns;
 that is read as well. A file numbers the concepts of both heads in one sequence: discovered concept

@@ -77,8 +77,9 @@ MEASURES = {
     "... sentences in the grammar": Measure(SHARE, "≥ 90%"),
     "topic amplified, other topic before": Measure(SHARE, "≥ 85%"),
     "... sentences in the grammar, after the other topic": Measure(SHARE, "≥ 80%"),
-    "topic not amplified, either prompt": Measure(SHARE, "about 12%"),
+    "topic not amplified, either prompt": Measure(SHARE, "about 10%"),
     "topic unlearned, same topic before": Measure(SHARE, "≤ 5%"),
+    "... not unlearned": Measure(SHARE, "about half"),
     "... sentences in the grammar, topic unlearned": Measure(SHARE, "≥ 85%"),
     "word amplified: chunks that say it": Measure(SHARE, "≥ 60%"),
     "... not amplified": Measure(SHARE, "≤ 1/10 of it"),
@@ -308,6 +309,7 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
             "topic not amplified, either prompt": fmean(
                 topics(nothing, before)[0] for before in ("neutral", "other")),
             "topic unlearned, same topic before": unlearned,
+            "... not unlearned": topics(nothing, "same")[0],
             "... sentences in the grammar, topic unlearned": unlearned_right,
             "word amplified: chunks that say it": word,
             "... not amplified": words(nothing)[0],

@@ -195,7 +195,7 @@ def entropy() -> float:
     about = mean(sentence(templates, nouns) for nouns, templates in topics)
     mood, form = coin(MOOD) + MOOD * one_of(MOODS), coin(FORM) + FORM * one_of(FORMS)
     switch = coin(KEEP_TOPIC) + (1 - KEEP_TOPIC) * math.log(len(topics) - 1)
-    first_chunk = sentence([INTRO], []) + math.log(len(topics)) + about + mood
+    first_chunk = math.log(len(topics)) + about + mood
     later_chunk = switch + about + mood + form
     names = sum(math.log(len(STORY_SLOTS[slot])) for slot in slots_of(INTRO))
     return math.log(len(CHUNKS)) + names + first_chunk + (mean(CHUNKS) - 1) * later_chunk

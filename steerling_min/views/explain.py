@@ -42,19 +42,21 @@ def explain(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seque
      "shares": the mean of the tokens' shares}
     """
     @cache
-    def about(head: str, concept: int) -> dict:
-        """Who a concept is. A discovered one without a label goes by the tokens it promotes."""
+    def about(head: str, concept: int, against: bool) -> dict:
+        """Who a concept is. A discovered one without a label goes by three tokens that it raises
+        or, where it spoke against a token, by three that it lowers."""
         label, name = getattr(labels, head).get(concept), labels.name(concept, head)
         if head == "unknown" and not label:
-            best = promoted(model, concept, 3, head)[0].tolist()
-            name = " ".join(["~", *(tokenizer.quoted(i).replace("' ", "'") for i in best)])
+            best = promoted(model, concept, 6, head)[against].tolist()
+            words = dict.fromkeys(tokenizer.quoted(i).replace("' ", "'") for i in best)
+            name = " ".join(["~ not" if against else "~", *[*words][:3]])  # ' a' and 'a' are one
         type = {"type": label.type} if label and label.type else {}
         return {"head": "known" if head == "known" else "discovered", "id": concept, "name": name,
                 **type}
 
     def largest(known, unknown, measure: str) -> list[dict]:
         """The top of each head's (concept, value) pairs, together."""
-        found = [{**about(head, concept), measure: value}
+        found = [{**about(head, concept, value < 0), measure: value}
                  for head, pairs in (("known", known), ("unknown", unknown))
                  for concept, value in sorted(pairs, key=lambda pair: -abs(pair[1]))[:top]]
         return sorted(found, key=lambda concept: -abs(concept[measure]))
@@ -72,7 +74,7 @@ def explain(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seque
             (found.known_ids, found.known), (found.unknown_ids, found.unknown)))
         writer = PARTS[parts.index(max(parts))]
         if writer == "known":
-            best = about("known", max(known, key=lambda pair: pair[1])[0])
+            best = about("known", max(known, key=lambda pair: pair[1])[0], False)
             writer = best["type"] if best.get("type") in COLOURS else "known"
         tokens.append({
             "position": position, "id": found.tokens[i].item(), "text": pieces[position],
