@@ -153,7 +153,8 @@ def first_weight(name: str, shape: torch.Size, config: Config) -> Tensor:
     # With embeddings of standard deviation 0.02 the first branches compute vectors smaller than
     # sqrt(norm_eps). Their norms damp such vectors instead of normalising them. With 0.2 the loss
     # after 300 steps was 3.5, not 4.6. The known concepts' embeddings get 0.2, too, so that they
-    # count beside the tokens' (1,000 steps: 2.6, not 2.8).
+    # count beside the tokens' (1,000 steps: 2.6, not 2.8); those of concepts that lift tokens are
+    # then replaced by `start_concepts`.
     embeds = name in ("transformer.tok_emb.weight", "known_head.concept_embedding.weight")
     return torch.randn(shape) * (EMBEDDING_STD if embeds else initial_std(name, config.n_layers))
 

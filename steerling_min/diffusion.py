@@ -15,9 +15,9 @@ from .model import Steerling, require_tokens
 
 
 def noise_levels(B: int, T: int, S: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw t ~ U(0, 1) for every diffusion block of every sequence. Returns (B, T) on the CPU,
-    constant in a block. Blocks are counted from position 0, and the last may be short. The
-    generator must be on the CPU."""
+    """Draw a noise level t ~ U(0, 1) for every diffusion block of every sequence: the probability
+    that a token of the block becomes a mask. Returns (B, T) on the CPU, constant in a block. Blocks
+    are counted from position 0, and the last may be short. The generator must be on the CPU."""
     n_blocks = -(-T // S)
     t = torch.rand(B, n_blocks, generator=generator)
     return t.repeat_interleave(S, dim=1)[:, :T]
@@ -44,7 +44,9 @@ def token_loss(logits: Tensor, tokens: Tensor, masked: Tensor, t: Tensor,
     weighting "none": the mean over masked tokens. "1/t": each masked token's loss is multiplied by
     1/t of its block. The sum is divided by the number of all tokens, B T, masked or not. For
     uniform t its expectation is an upper bound on the negative log-likelihood per token of a block,
-    given the noisy blocks before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992).
+    given the noisy blocks before it (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992). Which of the
+    two the 8B was trained with is not published. The trainer here takes "none": with 1/t the rare
+    blocks of few masks set the gradient.
     Args: logits (M, V) at the M masked positions, in order; tokens, the originals, masked and t (B,
     T). Computed in float32. Returns a scalar; 0 where nothing is masked. Raises ValueError, naming
     it and what is supported, for another weighting.

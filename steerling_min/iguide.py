@@ -2,7 +2,9 @@
 
     hidden = known + unknown + epsilon
 
-`known` is a weighted sum of the embeddings of a few concepts that were named before training.
+`known` is a weighted sum of the embeddings of a few concepts that were named before training. A
+weight is a sigmoid, not part of a softmax, as several concepts can be present at once. Only the k
+largest count, so that an explanation is short.
 `unknown` is the same over concepts that the model found by itself. They may be named afterwards.
 (Guide Labs now calls them *discovered*; code and checkpoints keep `unknown`.) `epsilon` is
 *defined* as what the two leave unexplained.

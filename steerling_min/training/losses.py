@@ -56,7 +56,7 @@ def presence_loss(logits: Tensor, chunks: Tensor, labels: Tensor, absence: float
     The loss is the mean of -log P over the labelled pairs of chunk and concept, plus `absence`
     times the mean of -log(1 - P) over all other pairs. In a single mean, the many negatives would
     drown the few positives. But with equal weights the head says "present" too easily. In the tiny
-    world negatives are 23 times as many. Where any of its eight places would do, each of them got a
+    world negatives are 29 times as many. Where any of its eight places would do, each of them got a
     weight of 0.7. Together they gave 28 logits to a token that has 9, and the unknown head and
     epsilon had to cancel 19. With 8, known concepts seldom give too much. (The weight is ours; the
     official one is not published.)
