@@ -341,6 +341,7 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
             with replacing(file) as partial:
                 partial.write_text(draw(model, tokenizer, labels, steps, prompt,
                                         steering=steering), encoding="utf-8")
+            print(f"wrote {file}", file=sys.stderr)
 
 
 def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace

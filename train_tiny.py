@@ -58,7 +58,7 @@ from steerling_min.training.evaluate import (evaluate, held_out_loss, measure_te
 from steerling_min.training.losses import lift_weights
 from steerling_min.training.muon import Muon
 from steerling_min.training.objective import PARTS, Draws, Objective, draw_injections
-from steerling_min.training.run import Run, parse_options
+from steerling_min.training.run import RUN, Run, parse_options, read_run
 
 STEPS = 15_000       # unless --steps or --minutes says otherwise
 VOCAB = 1024         # of a text
@@ -290,7 +290,6 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
     """
     model = objective.model
     config, device, dtype = model.config, model.device, getattr(torch, args.dtype)
-    steps, minutes = args.steps or math.inf, args.minutes or math.inf
     optimizer = make_optimizer(model)
     run.begin(model, optimizer, corpus)
     recent: dict[str, list[Tensor]] = {}  # losses since the last line of the curve
@@ -298,11 +297,8 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
     started = saved = time.monotonic()
     printed = -math.inf  # the first step shows at once that it works
 
-    def done():
-        return max(run.step / steps, run.seconds / 60 / minutes)
-
     with run.stopping_between_steps():
-        while (progress := agreed(run.stopped() or done(), device)) < 1:
+        while (progress := agreed(run.stopped() or run.done(), device)) < 1:
             draws = draw_step(corpus, config, run.step, progress, args).to(device)
             losses = take_step(objective, optimizer, draws, progress,
                                learning_rate(run.step, progress, args.lr), dtype)
@@ -327,9 +323,10 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
                 run.history.append({"step": run.step, **means})
             if RANK == 0 and (logged or now - printed >= (1 if run.terminal else PRINT_EVERY)):
                 speed = (run.step - first) * args.batch * config.block_size / (now - started)
-                left, shown = run.seconds / 60 * (1 / done() - 1), means if logged else losses
-                run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; " + " ".join(
-                    f"{name} {loss:.3f}" for name, loss in shown.items()), passing=not logged)
+                left, shown = run.seconds / 60 * (1 / run.done() - 1), means if logged else losses
+                said = ", ".join(f"{name} {loss:.3f}" for name, loss in shown.items())
+                run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; {said}",
+                        passing=not logged)
                 printed = now
             if logged and agreed(now - saved > SAVE_EVERY, device):
                 run.save(model, optimizer)
@@ -429,6 +426,9 @@ def evaluate_on_text(folder: str | None, args: Namespace) -> None:
     corpus = make_corpus(args, model.config.block_size, tokenizer,
                          [named.label(i) for i in range(model.config.n_concepts)])
     print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
+    if folder and (Path(folder) / RUN).is_file() and (
+            read_run(Path(folder))["data"] != corpus.fingerprint):
+        print("(it was trained on other text, which may have had parts of this one)")
     # with --text the corpus is no Stories, and has a rest
     for name, x in measure_text(model, tokenizer, corpus.rest).items():  # type: ignore[union-attr]
         print(f"{x:10.4f}  {name}")

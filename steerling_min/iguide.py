@@ -195,8 +195,9 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
     concepts' contributions. Positions that are not edited are untouched; without an edit (None or
     {}) epsilon stays everywhere.
 
-    Raises ValueError, naming the value and what is supported, for a concept id out of range,
-    another word for epsilon, or positions that are not bool or have another shape.
+    Raises ValueError, naming the value and what is supported, for a concept id out of range, a
+    weight that is not finite, another word for epsilon, or positions that are not bool or have
+    another shape.
     """
     require(epsilon in ("drop", "keep"), "epsilon", epsilon, "'drop', 'keep'")
     if positions is None:
@@ -205,8 +206,9 @@ def decompose(hidden: Tensor, known_head: KnownHead, unknown_head: UnknownHead,
         raise ValueError(f"positions must be a bool mask of shape {tuple(hidden.shape[:2])}, "
                          f"not {positions.dtype} of shape {tuple(positions.shape)}")
     for name, head, edits in (("known", known_head, known), ("unknown", unknown_head, unknown)):
-        for concept in edits or {}:
+        for concept, weight in (edits or {}).items():
             require_concept(name, concept, head.n_concepts)
+            require(abs(weight) < float("inf"), "weight", weight, "finite numbers")
 
     known_ids, known_logits, plain_known, known_now = apply_head(
         known_head, hidden, known, positions)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -244,20 +245,20 @@ ATTEMPTS = {
     "prints megabytes": ("import sys\nfor _ in range(300):\n    print('x' * 10**5)\n"
                          "    print('x' * 10**5, file=sys.stderr)\nreturn 2 * x", "", {}),
     "blank": (hole(EXERCISES["norm"]), "not written", {}),
-    "wrong once": ("return x * x", "1 of 2 tests", {
+    "wrong once": ("return x * x", "failed 1 of 2 tests", {
         "test_norm::test_three": "AssertionError: twice three is six"}),
-    "needs a helper": ("return twice(x)", "2 of 2 tests", {
+    "needs a helper": ("return twice(x)", "failed 2 of 2 tests", {
         "test_norm::test_three": "NameError: name 'twice' is not defined",
         "test_norm::test_two": "NameError: name 'twice' is not defined"}),
     "for ever": ("import time\nwhile True:\n    time.sleep(1)", "still running after 4 s", {}),
     "os._exit": ("import os\nos._exit(0)", "its tests ended early, with exit code 0", {}),
-    "exit": ("exit(0)", "2 of 2 tests", {
+    "exit": ("exit(0)", "failed 2 of 2 tests", {
         "test_norm::test_three": "SystemExit: 0", "test_norm::test_two": "SystemExit: 0"}),
-    "stops pytest": ("import pytest\npytest.exit('done', 0)", "2 of 2 tests", {
+    "stops pytest": ("import pytest\npytest.exit('done', 0)", "failed 2 of 2 tests", {
         "test_norm::test_three": "did not run", "test_norm::test_two": "did not run"}),
-    "skips": ("import pytest\npytest.skip('no need')", "2 of 2 tests", {
+    "skips": ("import pytest\npytest.skip('no need')", "failed 2 of 2 tests", {
         "test_norm::test_three": "skipped", "test_norm::test_two": "skipped"}),
-    "deletes files": ("import os\nos.remove('steerling_min/norm.py')\nreturn x", "2 of 2 tests", {
+    "deletes files": ("import os\nos.remove('steerling_min/norm.py')\nreturn x", "failed 2 of 2 tests", {
         "test_norm::test_three": "AssertionError: twice three is six",
         "test_norm::test_two": "FileNotFoundError: [Errno 2] No such file or directory"}),
     "no Python": ("return 2 * (x", "'(' was never closed (norm.py, line 4)", {}),
@@ -275,6 +276,8 @@ FILES = {  # all of norm.py, and the reason
     "undefined name": ("class RMSNorm:\n    def forward(self, x: Vector):\n        return 2 * x\n",
                        "norm.py cannot be imported with it"),
     "nothing": ("", "norm.py has no RMSNorm"),
+    "Latin-1": (b"class RMSNorm:\n    x = '\xe9'\n    def forward(self, x): pass\n",
+                "its file is not UTF-8 text"),
     "null bytes": ("\0", "source code string cannot contain null bytes"),
     "deleted": (None, "norm.py is missing"),
 }
@@ -292,7 +295,10 @@ def submissions(small, tmp_path_factory):
         (folder / name / "tests" / "test_norm.py").write_text("def test_all_is_well(): pass\n")
         (folder / name / "tests" / "conftest.py").unlink()
         file = folder / name / "steerling_min" / "norm.py"
-        file.unlink() if text is None else file.write_text(text)
+        if text is None:
+            file.unlink()
+        else:
+            file.write_bytes(text if isinstance(text, bytes) else text.encode())
     return folder
 
 
@@ -364,7 +370,7 @@ def test_marks_are_a_table_json_and_csv(small, two, run, tmp_path):
     code, out, _ = run(small, "grade", *two, "--json", tmp_path / "marks.json", "--csv",
                        tmp_path / "marks.csv")
     assert code == 0 and f"{two[0]} 2 of 2 passed" in re.sub(" +", " ", out)
-    assert "1 of 2 tests; test_norm::test_three: AssertionError: twice three is six" in out
+    assert "failed 1 of 2 tests; test_norm::test_three: AssertionError: twice three is six" in out
     marks = json.loads((tmp_path / "marks.json").read_text("utf-8"))
     assert [(row["exercise"], row["passed"]) for row in marks] == [
         ("norm", True), ("alpha", True), ("norm", False), ("alpha", True)], "of any student's list"
@@ -374,6 +380,53 @@ def test_marks_are_a_table_json_and_csv(small, two, run, tmp_path):
     assert [row["passed"] for row in table] == ["True", "True", "False", "True"]
     assert table[2]["failed"] == "test_norm::test_three: AssertionError: twice three is six"
     assert list(table[0]) == ["student", "exercise", "passed", "reason", "failed", "seconds"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--csv", "nowhere/marks.csv"], "No such file or directory: 'nowhere/marks.csv'"),
+    (["--csv", "x", "--json", "x"], "--csv and --json would both write x: give two files"),
+    (["--seconds", "nan"], "--seconds nan: above 0"), (["--seconds", 0], "--seconds 0.0: above 0"),
+    (["FOLDER/pyproject.toml"], "pyproject.toml is no folder: unpack what was handed in")])
+def test_what_would_fail_after_an_hour_of_grading_fails_at_once(small, two, run, monkeypatch, flags,
+                                                               message):
+    monkeypatch.setattr("steerling_min.course.classroom.grade", None)
+    folder = two[0] if "FOLDER" not in str(flags[0]) else Path(__file__).parent.parent
+    flags = [str(flag).replace("FOLDER", str(folder)) for flag in flags]
+    code, _, error = run(small, "grade", two[0], *flags, "--exercises", "norm")
+    assert code == 2 and error.strip().endswith(message) and "Traceback" not in error
+
+
+def test_ctrl_c_ends_a_grading_at_once_and_keeps_the_marks_so_far(small, submissions, run, tmp_path,
+                                                                  monkeypatch):
+    started = tmp_path / "started"
+    endless = tmp_path / "endless"
+    shutil.copytree(submissions / "right", endless)
+    file = endless / "steerling_min" / "norm.py"
+    file.write_text(file.read_text().replace(
+        "return x + x", f"import os, time\n        open({str(started)!r}, 'w').write("
+        "str(os.getpid()))\n        time.sleep(99)\n        os.getpid()"))
+    assert "sleep(99)" in file.read_text()
+
+    def interrupt():
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+    printed = []
+
+    def first(*said, **options):  # Ctrl-C comes after the first student's mark
+        printed.append(said)
+        if len(printed) == 1:
+            interrupt()
+    monkeypatch.setattr("builtins.print", first)
+    began = time.monotonic()
+    code, *_ = run(small, "grade", submissions / "right", endless, "--exercises", "norm", "--csv",
+                   tmp_path / "marks.csv")
+    assert code == 130 and time.monotonic() - began < 60
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as table:
+        assert [Path(row["student"]).name for row in csv.DictReader(table)] == ["right"]
+    time.sleep(0.2)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_the_teacher_may_name_the_exercises(small, two, run):

@@ -258,6 +258,9 @@ def test_a_concept_that_does_not_exist_is_refused(head, concept, last):
 
 
 def test_options_that_make_no_sense_are_refused():
+    for weight in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=f"weight = {weight} is not supported.*finite numbers"):
+            decompose(HIDDEN, *heads(), unknown={1: weight})
     with pytest.raises(ValueError, match="remove.*drop.*keep"):
         decompose(HIDDEN, *heads(), known={1: 0.0}, epsilon="remove")
     for positions in (torch.ones(5, dtype=torch.bool), torch.ones(2, 5)):

@@ -87,7 +87,8 @@ def test_an_interrupted_run_is_a_model_and_ends_with_the_same_weights(way, statu
     assert [row["step"] for row in history_of(tmp_path / "out")] == list(range(5, 41, 5))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *(
+    [signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])])
 def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkeypatch, number):
     import train_tiny
     real = train_tiny.take_step
@@ -102,6 +103,28 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkey
     assert "step 6; --resume goes on" in out and signal.getsignal(number) == before
     with safe_open(tmp_path / "out" / STATE, framework="pt") as f:
         assert json.loads(f.metadata()["run"])["step"] == 6
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+def test_nohup_is_respected(run, monkeypatch):
+    import train_tiny
+    real = train_tiny.take_step
+    monkeypatch.setattr(train_tiny, "take_step", lambda *args: (
+        signal.raise_signal(signal.SIGHUP), real(*args))[1])
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "step 3; --resume goes on" in run("--steps", 3)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_a_run_that_is_over_says_so_and_its_plan_stays(run, tmp_path, steps):
+    run("--steps", 5)
+    before = (tmp_path / "out" / RUN).read_text()
+    assert run("--resume", "--steps", steps, status=2).endswith(
+        "has made all of its steps, 5: give more --steps or --minutes")
+    assert (tmp_path / "out" / RUN).read_text() == before
 
 
 def seconds_of(folder):
@@ -254,7 +277,7 @@ def test_steps_and_minutes_take_each_others_place(run, tmp_path):
     run("--resume", "--minutes", 0.01)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert options["minutes"] == 0.01 and options["steps"] is None
-    assert "--resume goes on, with more --steps or --minutes" in run("--resume"), "it is over"
+    assert "has made all of its steps" in run("--resume", status=2), "it is over"
     step = history_of(tmp_path / "out")[-1]["step"] + 2
     run("--resume", "--steps", step)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]

@@ -172,7 +172,7 @@ def test_an_output_that_takes_nothing_is_one_line_at_most(closed, options):
         assert (done.returncode, done.stderr) == (0, "")
     else:
         assert (done.returncode, done.stderr) == (
-            2, "sample.py: [Errno 28] No space left on device\n")
+            2, "sample.py: No space left on device\n")
 
 
 def test_a_terminal_that_lacks_a_character_gets_the_rest(run, monkeypatch):
@@ -237,6 +237,7 @@ def test_a_page_and_an_animation_are_written(run, tmp_path):
     assert result.code == 0 and len(parts(result.out)[1]) == 1
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert svg.read_text(encoding="utf-8").startswith("<svg ")
+    assert f"wrote {page}\n" in result.err and f"wrote {svg}\n" in result.err
     assert "there is no folder" in refusal(
         run("--html", tmp_path / "none" / "a.html", model=None, new=6))
 

@@ -409,6 +409,10 @@ def test_plain_text_trains_without_labels_and_says_so(run, tmp_path, monkeypatch
     assert float(re.search(r"([0-9.]+)  bound, nats per character", out)[1]) == pytest.approx(
         per_character, rel=0.2)
     assert "bits per byte" in out and out.count("--- sample") == 3
+    assert "trained on other text" not in out
+    (tmp_path / "b.txt").write_text(text.replace("many", "some"))
+    assert "(it was trained on other text" in run("--text", tmp_path / "b.txt", "--evaluate",
+                                                  tmp_path / "out"), "so the figure may be too good"
     measured = []
     monkeypatch.setattr(train_tiny, "measure_text",
                         lambda model, tokenizer, rest: measured.append(rest) or {})

@@ -167,8 +167,10 @@ def main() -> None:
     except BrokenPipeError:  # a reader that has had enough: | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, SyntaxError, OSError, subprocess.CalledProcessError) as error:
-        p.error(str(error))
+        p.exit(2, f"{p.prog}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ and it can forge its mark. Grade people whom you do not trust in a container.
 import ast
 import csv
 import json
+import math
 import os
 import shlex
 import shutil
@@ -24,7 +25,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from textwrap import indent
@@ -39,6 +40,7 @@ TEACHERS = [".ci", ".github/workflows/test.yml", "tests/mutants.py", "tests/mist
             "tests/equivalent.json", "tests/test_course.py", "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md"))]
+RUNNING: set[subprocess.Popen] = set()  # submissions under test
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
 # The same author and date make the same commit; nobody's own configuration of git is read.
 WHO = {"NAME": "steerling_min", "EMAIL": "course@localhost", "DATE": "2026-01-01T00:00:00Z"}
@@ -62,6 +64,7 @@ def handout(root: Path, args: Namespace) -> None:
     folder, names = args.folder, [e.name for e in chosen]
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
     # the files as they were committed: no attempts and no stray files
     git(root, "checkout-index", "--all", f"--prefix={folder.resolve()}/")
     for path in (folder / name for name in TEACHERS):
@@ -104,13 +107,25 @@ def workflow(names: list[str]) -> str:
 
 def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float) -> Iterator[dict]:
     """A row for each exercise of each submission."""
-    with tempfile.TemporaryDirectory() as clean, ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    with tempfile.TemporaryDirectory() as clean, ending(pool):
         git(root, "checkout-index", "--all", f"--prefix={clean}/")
         original = Path(clean)
         run = cache(partial(run_tests, original, limit))  # equal functions are run once
         right = {e: pool.submit(run, e, function_of(e, original)) for e in chosen}
         yield from pool.map(lambda folder, e: row(original, folder, e, right[e], run),
                             [folder for folder in folders for _ in chosen], chosen * len(folders))
+
+
+@contextmanager
+def ending(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """At the end, that by Ctrl-C included, nothing goes on: no waiting exercise, no submission."""
+    try:
+        yield
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in list(RUNNING):
+            kill(child)
 
 
 def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
@@ -129,10 +144,11 @@ def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Ca
         if function != function_of(exercise, original, blanked):
             outcomes, reason, seconds = run(exercise, function)
     except (ValueError, SyntaxError, OSError, RecursionError, MemoryError) as error:
-        reason = printable(str(error))
+        reason = ("its file is not UTF-8 text" if isinstance(error, UnicodeError)
+                  else printable(str(error)))
     failed = {} if reason else {test: outcomes.get(test, "did not run") for test in must
                                 if outcomes.get(test) != ""}
-    reason = reason or (f"{len(failed)} of {len(must)} tests" if failed else "")
+    reason = reason or (f"failed {len(failed)} of {len(must)} tests" if failed else "")
     return {"student": str(folder), "exercise": exercise.name, "passed": not reason,
             "reason": reason, "failed": failed, "seconds": round(seconds, 1)}
 
@@ -141,7 +157,7 @@ def function_of(exercise: Exercise, folder: Path, change=lambda exercise, text: 
     """The function's code in a folder's file, whose text may be changed first."""
     file = file_of(exercise, folder)
     if not file.is_file():
-        raise ValueError(f"{file.name} is missing")
+        raise ValueError(f"{file} is missing")
     return ast.unparse(find(exercise, change(exercise, read(file))))
 
 
@@ -163,18 +179,25 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
                  f"--junitxml={report}", *shlex.split(exercise.tests)],
                 cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=nowhere, stdout=nowhere, stderr=nowhere) as child:
+            RUNNING.add(child)
             try:
                 code = child.wait(limit)
                 reason = (f"{file.name} cannot be imported with it" if code == 4 else
                           f"its tests ended early, with exit code {code}")
             except subprocess.TimeoutExpired:
                 reason = f"still running after {limit:g} s"
-            child.kill()
-            with suppress(OSError, AttributeError):  # what it started; Windows has no such groups
-                os.killpg(child.pid, signal.SIGKILL)
+            kill(child)
+            RUNNING.discard(child)
         with suppress(OSError, ElementTree.ParseError):  # pytest may have come to no report
             outcomes, reason = read_report(report), ""
     return outcomes, reason, time.monotonic() - began
+
+
+def kill(child: subprocess.Popen) -> None:
+    """End a process, and what it started."""
+    child.kill()
+    with suppress(OSError, AttributeError):  # Windows has no such groups
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def read_report(report: Path) -> dict[str, str]:
@@ -214,8 +237,8 @@ def add_commands(commands, root: Path) -> None:
     p.add_argument("--exercises", dest="names", nargs="+", type=exercise, metavar="NAME",
                    help="grade these exercises, whatever the folders say was handed out")
     p.add_argument("--seconds", type=float, default=60, help="for an exercise's tests (60)")
-    p.add_argument("--json", type=Path, metavar="FILE")
-    p.add_argument("--csv", type=Path, metavar="FILE")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the marks as JSON")
+    p.add_argument("--csv", type=Path, metavar="FILE", help="write the marks as a table")
     p.set_defaults(run=partial(mark, root))
 
 
@@ -225,19 +248,36 @@ def mark(root: Path, args: Namespace) -> None:
     chosen = [e for e in EXERCISES.values() if (e in args.names if args.names else e.name in given)]
     if not chosen:
         raise ValueError("no folder says what was handed out: give --exercises NAME ...")
+    for folder in args.folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder: unpack what was handed in")
+    if not 0 < args.seconds < math.inf:
+        raise ValueError(f"--seconds {args.seconds}: above 0")
+    if args.csv and args.csv == args.json:
+        raise ValueError(f"--csv and --json would both write {args.csv}: give two files")
+    for file in filter(None, (args.csv, args.json)):
+        open(file, "a").close()  # if it cannot be written, say so now
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     rows = []
-    for row in grade(root, args.folders, chosen, args.seconds):
-        rows.append(row)
-        said = [row["reason"] or "passed", *map(": ".join, row["failed"].items())]
-        print(f"{row['student']:24} {row['exercise']:17} {'; '.join(said[:2])}", flush=True)
+    try:
+        with closing(grade(root, args.folders, chosen, args.seconds)) as graded:
+            for row in graded:
+                rows.append(row)
+                said = [row["reason"] or "passed", *map(": ".join, row["failed"].items())]
+                print(f"{row['student']:24} {row['exercise']:17} {'; '.join(said[:2])}", flush=True)
+    finally:  # if the teacher presses Ctrl-C, the marks so far are written
+        save_marks(rows, args)
     for folder in args.folders:
         marks = [row["passed"] for row in rows if row["student"] == str(folder)]
         print(f"{str(folder):24} {sum(marks)} of {len(marks)} passed")
+
+
+def save_marks(rows: list[dict], args: Namespace) -> None:
     if args.json:
         write(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
+            table = csv.DictWriter(file, rows[0] if rows else [])
             table.writeheader()
             table.writerows({**row, "failed": "; ".join(map(": ".join, row["failed"].items()))}
                             for row in rows)

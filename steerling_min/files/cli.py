@@ -48,7 +48,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
         return open(os.devnull, "w", encoding="utf-8")
 
     def end(message):
-        print(f"{prog}: {printable(str(message), 1000)}", file=sys.stderr)
+        message = re.sub(r"\[Errno \d+\] ", "", str(message))
+        print(f"{prog}: {printable(message, 1000)}", file=sys.stderr)
         sys.exit(2)
     sys.stdout, sys.stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # None: it is closed
     try:

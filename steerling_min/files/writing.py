@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 
@@ -38,6 +39,9 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         yield folder / file.name
         os.replace(folder / file.name, file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{file} was not written; what stood there before is intact: {error}"
+                      ) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

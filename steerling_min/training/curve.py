@@ -29,6 +29,6 @@ def save_png(history: list[dict], file: Path) -> None:
     for name in {name: None for row in history for name in row if name != "step"}:
         rows = [row for row in history if name in row]
         axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", ylim=(1e-3, None), title="training")
     axes.legend()
     figure.savefig(file, dpi=120, format="png")

@@ -170,6 +170,9 @@ class Run:
                 raise ValueError("--resume: the text, or its concepts' names, are not those that "
                                  f"the run in {self.folder} began with")
             self.load(model, optimizer)
+            if self.done() >= 1:
+                raise ValueError(f"--resume: the run in {self.folder} has made all of its steps, "
+                                 f"{self.step}: give more --steps or --minutes")
         elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
             raise ValueError("the text has concepts, and the model that the run starts from has "
                              f"none with a name, so they cannot be matched; {GET_LABELS}")
@@ -225,6 +228,11 @@ class Run:
 
     # ---- while it trains -------------------------------------------------------------------------
 
+    def done(self) -> float:
+        """The share of its steps, or of its minutes, that is done."""
+        steps, minutes = (self.options[name] or math.inf for name in ("steps", "minutes"))
+        return max(self.step / steps, self.seconds / 60 / minutes)
+
     def stopped(self) -> int:
         """The signal that has asked this process to stop, or 0. One of several processes also stops
         when torchrun, which started it, is gone."""
@@ -233,12 +241,15 @@ class Run:
 
     @contextmanager
     def stopping_between_steps(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after its step; the third one ends it at once."""
+        """Ctrl-C, SIGTERM and SIGHUP end the run after its step; the third one ends it at once."""
         def ask(number, frame):
             self.signals.append(number)
             if len(self.signals) > 2:
                 raise KeyboardInterrupt
-        handlers = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is gone
+        ends = {signal.SIGINT, signal.SIGTERM, hangup} - (
+            {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set())  # of nohup
+        handlers = {n: signal.signal(n, ask) for n in ends}
         try:
             yield
         finally:
