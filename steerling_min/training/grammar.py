@@ -1,4 +1,4 @@
-"""The tiny world's grammar: every sentence it can say, as plain tables.
+"""The tiny world's grammar: every sentence it can say, as the plain tables of `grammar.json`.
 
 A {slot} in a sentence is replaced by one of the slot's fillers. `world.py` writes stories from
 these tables, recognises their sentences, and makes a concept of every topic, mood and form, of
@@ -6,180 +6,22 @@ every filler, and of every word in SAID. Add to them, and everything else follow
 concepts may share a name, "Pepper" and "pepper" neither.
 """
 
-# Drawn once per story, in its first sentence. {slot} is replaced by one of the slot's fillers.
-INTRO = ("The {age} {role} {hero} lived near the {place} with a {animal} named {friend} "
-         "and a {thing}.")
-STORY_SLOTS = {
-    "age": ["old", "young", "quiet", "clever", "lucky"],
-    "role": ["sailor", "baker", "gardener", "singer", "painter", "farmer"],
-    "hero": ["Mara", "Tobias", "Ines", "Felix", "Greta", "Hugo", "Nora", "Samuel"],
-    "place": ["harbour", "mill", "village", "castle", "valley", "station", "bridge", "lake"],
-    "animal": ["dog", "cat", "goat", "parrot"],
-    "friend": ["Biscuit", "Pepper", "Clover", "Ziggy", "Bramble", "Waffle", "Juno", "Pickle"],
-    "thing": ["brass key", "red kite", "glass marble", "paper map", "blue ribbon", "tin box",
-              "velvet hat", "wooden horse"],
-}
-# Drawn anew in every sentence that has the slot.
-SENTENCE_SLOTS = {
-    "time": ["dawn", "noon", "sunset", "midnight", "supper", "breakfast", "nightfall", "bedtime",
-             "daybreak", "lunch", "sunrise", "dusk", "twilight", "dinner", "moonrise", "teatime"],
-    "adj": ["small", "bright", "broken", "golden", "strange", "heavy", "tiny", "pale", "curious",
-            "hidden", "round", "narrow", "dusty", "shiny", "crooked", "famous", "plain", "silver",
-            "purple", "gentle", "rusty", "noisy", "silent", "dented", "wobbly", "perfect",
-            "secret", "borrowed", "huge", "warm", "green", "simple"],
-    "tool": ["rope", "hammer", "needle", "candle", "ladder", "wheel", "button", "mirror", "brush",
-             "bottle", "pencil", "whistle", "lantern", "hook", "pocket", "bucket"],
-    "food": ["honey", "cheese", "jam", "cake", "cream", "butter", "rice", "sugar", "mustard",
-             "milk", "bacon", "pasta"],
-}
+import json
+from pathlib import Path
+
+TABLES = json.loads(Path(__file__).with_name("grammar.json").read_text(encoding="utf-8"))
+
+INTRO: str = TABLES["intro"]  # the first sentence of a story
+# Slot: its fillers. Those of the first table are drawn once per story, in its first sentence; those
+# of the second anew in every sentence that has the slot.
+STORY_SLOTS: dict[str, list[str]] = TABLES["story_slots"]
+SENTENCE_SLOTS: dict[str, list[str]] = TABLES["sentence_slots"]
 # Words that sentences have outside their slots, by kind. For each of them, no other word stands in
 # exactly the same sentences. If one did, labels of whole chunks could not tell the two apart.
-SAID = {
-    "verb": ["sailed", "rowed", "flew", "landed", "followed", "paid", "bargained", "tuned",
-             "practised", "watered", "danced", "wept", "growled", "peeked", "praised", "waited",
-             "left", "said", "counted", "wrote", "looked"],
-    "noun": ["waves", "smell", "snow", "ice", "frost", "footprints", "astronauts", "robot", "trees",
-             "leaves", "squirrel", "crowd", "trader", "buyers", "melody", "rhythm", "chord",
-             "seeds", "weeds", "butterfly", "greenhouse", "laugh", "tear", "champion", "legs",
-             "care", "note", "echo", "eyes"],
-    "adj": ["cheap", "light", "lonely", "cross", "asleep", "quicker"],
-}
+SAID: dict[str, list[str]] = TABLES["said"]
 # Topic: its nouns, the {noun} of its sentences, and its sentences. Some nouns have two or three.
-TOPICS = {
-    "sea": (["boat", "anchor", "gull", "lighthouse", "reef", "island", "pier", "storm", "harpoon",
-             "crab", "raft", "bay"], [
-        "{hero} sailed past the {adj} {noun} before {time}.",
-        "The waves carried {friend} to the {adj} {noun}.",
-        "The tide covered the {noun} and left a {adj} shell for {hero}.",
-        "Salt wind blew {hero} and {friend} across the {adj} {noun} until {time}.",
-        "{hero} rowed around the {noun} with the {thing} and some {food}.",
-        "Far from the {place}, {hero} watched the {adj} {noun} rise from the foam.",
-    ]),
-    "kitchen": (["oven", "kettle", "pot", "table", "bread", "soup", "spoon", "cup", "pan", "bowl",
-                 "plate", "jar"], [
-        "{hero} stirred {food} into the {adj} stew beside the {noun}.",
-        "Steam drifted from the {adj} {noun} of {hero} at {time}.",
-        "{friend} licked the {adj} {noun} clean, and {hero} laughed.",
-        "{hero} set the {adj} {noun} on the stove and chopped an onion for {friend}.",
-        "The smell of {food} led {hero} from the {adj} {noun} to the {place}.",
-        "Some flour fell on the {adj} {noun}, on {hero} and on the {thing}.",
-    ]),
-    "winter": (["sled", "pond", "chimney", "icicle", "scarf", "hill", "star", "path", "glove",
-                "roof", "fire", "boot"], [
-        "The snow covered the {adj} {noun} of {hero} before {time}.",
-        "{hero} and {friend} pulled a {tool} over the ice to the {adj} {noun}.",
-        "The frost left a {adj} {tool} on the {noun} for {hero}.",
-        "{friend} left footprints from the {adj} {noun} to the {place}.",
-        "{hero} built a snowman behind the {adj} {noun} and gave it the {thing}.",
-        "The {noun} froze, and {hero} skated around a {adj} {tool} until {time}.",
-    ]),
-    "space": (["rocket", "moon", "star", "comet", "planet", "telescope", "crater", "engine",
-               "antenna", "cloud", "helmet", "signal"], [
-        "{hero} and {friend} flew around the {adj} {noun} at {time}.",
-        "{friend} floated past the {adj} {noun} without any weight.",
-        "The astronauts gave {hero} a {adj} {tool} from the {noun}.",
-        "A ray from the {adj} {noun} took a year to reach {hero} at the {place}.",
-        "{hero} landed beside the {adj} {noun} with the {thing}.",
-        "A {adj} robot led {hero} to the {noun}.",
-    ]),
-    "forest": (["oak", "fern", "owl", "path", "mushroom", "stream", "fox", "nest", "badger",
-                "clearing", "log", "hollow"], [
-        "{hero} and {friend} walked between the trees to the {adj} {noun}.",
-        "The leaves fell on {hero} and the {adj} {noun} at {time}.",
-        "{hero} followed {friend} past the {adj} {noun} into the trees.",
-        "Soft moss grew on the {adj} {noun} where {hero} had lost the {thing}.",
-        "{hero} gathered pine cones near the {adj} {noun} until {time}.",
-        "A {adj} squirrel led {hero} from the {noun} to the {place}.",
-    ]),
-    "market": (["stall", "basket", "coin", "cart", "boat", "merchant", "cloth", "bread", "carpet",
-                "scale", "purse", "crate"], [
-        "{hero} paid for the {adj} {noun} with a {tool}.",
-        "{hero} and {friend} walked past the crowd to the {adj} {noun}.",
-        "The trader gave {food} and a {adj} {noun} to {hero} until {time}.",
-        "{hero} bargained for the {adj} {noun}.",
-        "The buyers praised {hero} and the {adj} {noun}.",
-        "{hero} left a cheap {tool} for {friend} under the {adj} {noun}.",
-    ]),
-    "music": (["drum", "flute", "song", "fiddle", "choir", "stage", "bell", "piano", "harp",
-               "trumpet", "dance", "violin"], [
-        "{hero} tuned the {adj} {noun} for {friend} before {time}.",
-        "The melody of the {adj} {noun} led {hero} to the {place}.",
-        "{friend} kept the rhythm with a {tool} and the {adj} {noun}.",
-        "The band played until {time}, and {hero} bowed to the {adj} {noun}.",
-        "{hero} practised on the {adj} {noun} beside the {thing}.",
-        "A {adj} chord came to {hero} from the {noun}.",
-    ]),
-    "garden": (["rose", "gate", "bee", "spade", "bean", "fence", "pumpkin", "path", "tulip",
-                "beetle", "hedge", "tomato"], [
-        "{hero} watered the {adj} {noun} at {time}.",
-        "{hero} dug a hole behind the {adj} {noun} and buried the {thing}.",
-        "The seeds lay around {hero} and the {adj} {noun} before {time}.",
-        "{hero} and {friend} pulled weeds near the {adj} {noun}.",
-        "A {adj} butterfly rested on the {noun} next to {hero} and {friend}.",
-        "{hero} carried the {adj} {noun} and some {food} to the greenhouse.",
-    ]),
-}
-MOODS = {
-    "happy": ["{hero} smiled all the way home.", "A warm laugh came from the {role}.",
-              "{hero} danced around the {thing}.", "Nothing could spoil the joy of {friend}.",
-              "{hero} felt light and warm until {time}."],
-    "afraid": ["{hero} trembled and hid behind the {thing}.", "The heart of {hero} beat fast.",
-               "{hero} did not dare to breathe until {time}.",
-               "A shiver ran down the back of the {animal}.",
-               "{hero} felt frightened and wished to be far away."],
-    "sad": ["A tear of {hero} fell on the {thing}.", "{hero} wept until {time}.",
-            "{hero} felt lonely and looked down.",
-            "Nobody could comfort the {age} {role}.",
-            "{friend} sighed and missed home."],
-    "angry": ["{hero} stamped both feet and shouted.", "{friend} growled until {time}.",
-              "The face of the {age} {role} went red.", "{hero} threw down the {thing} in a rage.",
-              "{hero} felt cross and would not share."],
-    "eager": ["{hero} wondered what came next.", "{hero} peeked under the {thing}.",
-              "{hero} had to know more before {time}.", "A riddle kept the {animal} awake.",
-              "{friend} leaned closer and closer to {hero}."],
-    "proud": ["{hero} stood tall and held up the {thing}.",
-              "{hero} had never done anything so well.",
-              "Everyone praised the {age} {role}.",
-              "{hero} felt like a champion until {time}.", "The chest of {hero} swelled."],
-    "tired": ["{hero} yawned and rubbed both eyes.", "{friend} could hardly stand until {time}.",
-              "The legs of the {animal} felt heavy.", "{hero} fell asleep on the {thing}.",
-              "{hero} longed for a soft bed."],
-    "calm": ["{hero} took a slow breath.", "All was quiet around {friend}.",
-             "{hero} rested beside the {thing} without a care.",
-             "A deep peace settled over the {age} {role}.", "{hero} waited for {time}."],
-}
+TOPICS: dict[str, tuple[list[str], list[str]]] = {
+    topic: (table["nouns"], table["sentences"]) for topic, table in TABLES["topics"].items()}
+MOODS: dict[str, list[str]] = TABLES["moods"]
 # The {noun} of a form is one of the chunk's topic; the sentence alone does not show the topic.
-FORMS = {
-    "question": ["Who left the {adj} {noun} here for {hero}?",
-                 "Where did the {adj} {noun} of {hero} come from?",
-                 "Had {hero} ever seen such a {adj} {tool}?",
-                 "Why was the {noun} of {hero} so {adj}?"],
-    "speech": ['"Look at the {adj} {noun}," said {hero}.',
-               '"We are late, {friend}," said {hero} at {time}.',
-               '"Bring me the {adj} {tool}," called {hero}.',
-               '"That is the {adj} {noun}," whispered the {role}.'],
-    "list": ["{hero} counted the {adj} {noun}, the {thing} and the {tool}.",
-             "First came the {adj} {noun}, then {friend}, then {hero}.",
-             "In the bag of {hero} lay a {tool}, some {food} and a {adj} stone.",
-             "There was room for the {noun}, the {food} and {hero}."],
-    "letter": ["Dear {friend}, the {adj} {noun} is safe with {hero}.",
-               "A note from {hero} said to meet beside the {adj} {noun}.",
-               "{hero} wrote a note to {friend} near the {adj} {noun}.",
-               "The letter of {hero} in the {thing} spoke of the {noun}."],
-    "promise": ["{hero} vowed to guard the {adj} {noun} forever.",
-                "{hero} gave a word of honour to return before {time}.",
-                "From now on {hero} would share the {food} with {friend}.",
-                "{hero} swore never to lose the {adj} {tool} again."],
-    "comparison": ["The {noun} of {hero} looked like a {adj} {tool}.",
-                   "No {food} was ever as {adj} as the {noun} of {hero}.",
-                   "The {adj} {noun} seemed bigger to {hero} than ever.",
-                   "{friend} was quicker than any {adj} {tool}."],
-    "sound": ["Crash went the {adj} {noun}, and {hero} jumped.",
-              "{hero} heard the {adj} {noun} hum and rattle.",
-              "A {adj} echo came from the {noun} to the {animal}.",
-              "Tick, tock, sang the {adj} {tool} beside {hero}."],
-    "dream": ["At night {hero} dreamed of the {adj} {noun}.",
-              "In a dream of the {animal} the {adj} {noun} could fly.",
-              "{hero} imagined that the {noun} was made of {food}.",
-              "Behind closed eyes {hero} saw the {adj} {noun} again."],
-}
+FORMS: dict[str, list[str]] = TABLES["forms"]
