@@ -318,22 +318,25 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
 
-    explained = [explain(model, tokenizer, labels, steps, row, steering)
-                 for row in range(args.num_samples) if args.explain or args.json]
-    like = []
+    last = steps[-1]
+    samples = [{"text": tokenizer.decode(tokens), "unwritten": unwritten}
+               for tokens, unwritten in zip(last.tokens.tolist(), last.unwritten.tolist())]
+    if args.explain or args.json:
+        for row, sample in enumerate(samples):
+            sample |= explain(model, tokenizer, labels, steps, row, steering)
     if args.resembles:
         corpus = texts_of_world(model) if args.resembles == WORLD else texts_of_file(args.resembles)
-        like = resemblances(model, tokenizer, labels, steps[-1].tokens[0].tolist(), corpus)
+        samples[0]["resembles"] = resemblances(model, tokenizer, labels, last.tokens[0].tolist(),
+                                               corpus)
     if args.json:
-        if like:
-            explained[0]["resembles"] = like
-        print_json(tokenizer, steps[-1], explained, args)
+        print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
+                          "samples": samples}))
     else:
-        print_texts(tokenizer, steps[-1], explained, args)
+        print_texts(samples, args)
         print(figures(model, counts, seconds)
               + (", slowed down for --watch" if args.watch and live(sys.stdout) else ""))
-        if like:
-            print_resemblances(like)
+        if args.resembles:
+            print_resemblances(samples[0]["resembles"])
     if args.html:
         print(f"tracing {new} tokens to their inputs, for {args.html} ...", file=sys.stderr)
     for file, draw in ((args.html, page), (args.svg, animation)):  # files last
@@ -366,29 +369,16 @@ def follow(run: Iterable[Step], tokenizer: Tokenizer, args: argparse.Namespace
     return steps, counts
 
 
-def texts_of(tokenizer: Tokenizer, last: Step) -> list[tuple[str, int]]:
-    """Each text of a batch, and how many of its positions were left unwritten."""
-    return list(zip(map(tokenizer.decode, last.tokens.tolist()), last.unwritten.tolist()))
-
-
-def print_json(tokenizer: Tokenizer, last: Step, explained: list[dict],
-               args: argparse.Namespace) -> None:
-    samples = [{"text": text, "unwritten": unwritten, **about}
-               for (text, unwritten), about in zip(texts_of(tokenizer, last), explained)]
-    print(json.dumps({"prompt": args.prompt, "seed": args.seed, "steer": args.steer,
-                      "samples": samples}))
-
-
-def print_texts(tokenizer: Tokenizer, last: Step, explained: list[dict],
-                args: argparse.Namespace) -> None:
-    for row, (text, unwritten) in enumerate(texts_of(tokenizer, last)):
-        print(text)
+def print_texts(samples: list[dict], args: argparse.Namespace) -> None:
+    """Each text, and what is to be said of it."""
+    for sample in samples:
+        print(sample["text"])
         print("---")
-        if unwritten:
-            print(f"ended early: {unwritten} of {args.max_new_tokens} positions were left "
-                  "unwritten")
-        if explained:
-            print_explanation(explained[row])
+        if sample["unwritten"]:
+            print(f"ended early: {sample['unwritten']} of {args.max_new_tokens} positions were "
+                  "left unwritten")
+        if args.explain:
+            print_explanation(sample)
 
 
 def figures(model: Steerling, counts: list[int], seconds: float) -> str:
