@@ -149,20 +149,13 @@ def empty_model(folder: Path) -> Steerling:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype, int8: bool) -> Steerling:
-    """The model in a checkpoint folder; see `Steerling.from_pretrained`."""
-    model = empty_model(folder)
-    load_weights(model, folder, device, dtype, int8)
-    return model.eval()
-
-
-def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: torch.dtype,
-                 int8: bool) -> None:
-    """Fill a model made on the meta device with a checkpoint's weights, tensor by tensor.
+    """The model in a checkpoint folder (see `Steerling.from_pretrained`), filled tensor by tensor.
 
     The files are memory-mapped. On the CPU, in the stored dtype, the parameters *are* the mapped
     file: nothing is copied. Each tensor is read once, to see that its numbers are finite. With int8
     each matrix is quantized as soon as it is read.
     """
+    model = empty_model(folder)
     found = match_tensors(model, weight_files(folder))
     require_memory(model, device, dtype, int8)
     if int8:
@@ -188,6 +181,7 @@ def load_weights(model: Steerling, folder: Path, device: torch.device, dtype: to
                              "which this model ties")
     model.load_state_dict(state, strict=False, assign=True)
     tie(model)
+    return model.eval()
 
 
 def tie(model: Steerling) -> None:
