@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..model import Steerling
-from .config_json import config_to_dict, read_config, read_json, unique_keys
+from .config_json import config_to_dict, read_config, read_json
 from .quantize import quantize, quantize_rows
 from .writing import replacing
 
@@ -53,21 +53,17 @@ def weight_files(folder: Path) -> list[Path]:
     return [require_file(folder, name) for name in names]
 
 
-def read_header(file: Path) -> dict[str, dict]:
-    """Names, dtypes and shapes of the tensors in a safetensors file: {name: {dtype, shape}}.
+def read_header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtypes and shapes of the tensors in a safetensors file: {name: (dtype, shape)}.
 
-    The file starts with the header's length (8 bytes, little endian) and the header (JSON).
+    The library reads them from the file's header, and refuses a truncated or malformed file.
     """
     try:
-        with safe_open(file, framework="pt"):  # refuses a truncated or malformed file
-            pass
-        with open(file, "rb") as f:
-            size = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(size), object_pairs_hook=unique_keys)
-    except (SafetensorError, ValueError) as error:
+        with safe_open(file, framework="pt") as f:
+            tensors = {name: f.get_slice(name) for name in f.keys()}
+            return {name: (x.get_dtype(), x.get_shape()) for name, x in tensors.items()}
+    except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    return header
 
 
 def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
@@ -80,16 +76,16 @@ def match_tensors(model: nn.Module, files: list[Path]) -> dict[str, Path]:
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, Path] = {}
     for file in files:
-        for name, stored in read_header(file).items():
+        for name, (dtype, shape) in read_header(file).items():
             if name not in expected:
                 raise ValueError(f"{file} has an unexpected tensor {name}")
             if name in found:
                 raise ValueError(f"{name} is stored twice: in {found[name].name} and {file.name}")
-            if stored["shape"] != expected[name]:
-                raise ValueError(f"{name} in {file} has shape {stored['shape']}; the config "
-                                 f"makes it {expected[name]}")
-            if stored["dtype"] not in ("F64", "F32", "F16", "BF16"):
-                raise ValueError(f"{name} in {file} has dtype {stored['dtype']}, not a float")
+            if shape != expected[name]:
+                raise ValueError(f"{name} in {file} has shape {shape}; the config makes it "
+                                 f"{expected[name]}")
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{name} in {file} has dtype {dtype}, not a float")
             found[name] = file
     tied = {TOK_EMB, LM_HEAD}
     have = found.keys() | tied if found.keys() & tied else found.keys()

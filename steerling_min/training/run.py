@@ -216,7 +216,7 @@ class Run:
         """Put a state back. Raises ValueError when it is damaged, or not of this model."""
         file, tensors = self.folder / STATE, tensors_of(model, optimizer)
         expected = {name: ("F32", list(x.shape)) for name, x in tensors.items()}
-        found = {name: (x["dtype"], x["shape"]) for name, x in read_header(file).items()}
+        found = read_header(file)
         for name in expected | found:
             if found.get(name) != expected.get(name):
                 raise ValueError(f"{file}: {name} is {found.get(name)}; this run's model has "
