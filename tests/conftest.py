@@ -64,9 +64,6 @@ def same_weights(a, b):
     return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
 
 
-CACHE_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
-
-
 @pytest.fixture(autouse=True)
 def no_labels_from_elsewhere(monkeypatch):
     """A label file that whoever runs the tests has chosen is not one of the tests'."""
@@ -74,13 +71,11 @@ def no_labels_from_elsewhere(monkeypatch):
 
 
 @pytest.fixture
-def without_hub(tmp_path, monkeypatch):
-    """No huggingface_hub, and an empty home: where the hub's cache is, the environment says."""
-    for module in ("huggingface_hub", "huggingface_hub.constants"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for name in CACHE_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def hub_cache(tmp_path, monkeypatch):
+    """A folder in the place of the Hugging Face cache."""
+    constants = pytest.importorskip("huggingface_hub.constants", reason="pip install -e '.[hub]'")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
 
 
 @pytest.fixture(scope="session")

@@ -624,9 +624,8 @@ def test_a_wrong_argument_is_one_line(run, options, message):
     assert message in refusal(run(*options))
 
 
-def test_a_hub_id_that_was_not_downloaded_names_the_command(run, tmp_path, monkeypatch,
-                                                            without_hub):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+def test_a_hub_id_that_was_not_downloaded_names_the_command(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "hf download guidelabs/steerling-8b" in refusal(run("--model", "guidelabs/steerling-8b"))
 
 

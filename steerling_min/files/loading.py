@@ -71,8 +71,8 @@ def find_checkpoint(name: str | Path | None) -> Path:
     if folder is None:
         labels = f" && {DOWNLOAD_LABELS}" if str(name).startswith("guidelabs/") else ""
         raise FileNotFoundError(
-            f"{name} is neither a folder nor in the Hugging Face cache ({hub_cache()}); to "
-            f"download it: pip install -e \".[hub]\" && hf download {name}{labels}")
+            f"{name} is neither a folder nor in the Hugging Face cache; to download it: "
+            f"pip install -e \".[hub]\" && hf download {name}{labels}")
     return folder
 
 
@@ -98,23 +98,11 @@ def find_labels(name: str | Path | None) -> Path | None:
 
 def cached(repo: str) -> Path | None:
     """The folder of a hub repository as last downloaded, or None where it never was."""
-    folder = hub_cache() / f"models--{repo.replace('/', '--')}"
-    main = folder / "refs" / "main"
-    return folder / "snapshots" / main.read_text().strip() if main.is_file() else None
-
-
-def hub_cache() -> Path:
-    """The folder where `hf download` puts repositories. huggingface_hub knows it; where that
-    package is not installed, its rules are followed here."""
     try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-        return Path(HF_HUB_CACHE)
-    except ImportError:
-        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        home = os.environ.get("HF_HOME", os.path.join(base, "huggingface"))
-        cache = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
-        cache = os.environ.get("HF_HUB_CACHE", cache)
-        return Path(os.path.expandvars(os.path.expanduser(cache)))
+        from huggingface_hub import snapshot_download  # the hub extra; `hf download` is its command
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (ImportError, FileNotFoundError):
+        return None
 
 
 def pick_device(name: str = "auto", auto: Sequence[str] = DEVICES) -> torch.device:
