@@ -1,7 +1,8 @@
-"""Two ways to the hidden states of the masks: recompute everything, or keep what is final.
+"""The fast way to the hidden states of the masks: keep what is final.
 
-The two agree up to rounding. The plain way computes the whole sequence at every step; the cached
-way computes only the blocks that are still being filled.
+The plain way, `model.transformer(tokens, injections)[asked]`, computes the whole sequence at every
+step. The cached way computes only the blocks that are still being filled. The two agree up to
+rounding.
 """
 
 from torch import Tensor
@@ -10,15 +11,10 @@ from .attention import KVCache
 from .model import Steerling
 
 
-def plain_hidden(model: Steerling, tokens: Tensor, asked: Tensor,
-                 injections: dict[int, Tensor]) -> Tensor:
-    """Hidden states (M, D) at the M positions asked for (B, T), by recomputing everything."""
-    return model.transformer(tokens, injections)[asked]
-
-
 def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: dict[int, Tensor],
                   cache: KVCache) -> Tensor:
-    """The same hidden states, equal up to rounding, with far less work: the fast way.
+    """Hidden states (M, D) at the M positions asked for (B, T), as the plain way computes them, up
+    to rounding, with far less work.
 
     Attention is causal across blocks, so keys and values of the blocks before the first mask are
     final. Once a pass has computed them without masks, they are read from the cache. For the same

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import KVCache
-from .cache import cached_hidden, plain_hidden
+from .cache import cached_hidden
 from .config import Config
 from .model import Steerling, require_tokens
 from .sampling import Options, choose, commits_per_step, spread_steps, windows
@@ -166,7 +166,7 @@ def asked_logits(model: Steerling, tokens: Tensor, asked: Tensor, L: int, cfg_sc
         committed = torch.cat([committed, committed])
     injections = steerer.vectors(tokens == mask_id, committed)
     if cache is None:
-        hidden = plain_hidden(model, tokens, asked, injections)
+        hidden = model.transformer(tokens, injections)[asked]
     else:
         if cfg_scale > 0 and steerer.switched(committed):
             cache.length = 0

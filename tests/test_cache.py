@@ -8,7 +8,7 @@ from conftest import CONFIG, MODES, PROMPT
 
 from steerling_min import generate, unmask, unmasking
 from steerling_min.attention import KVCache
-from steerling_min.cache import cached_hidden, plain_hidden
+from steerling_min.cache import cached_hidden
 from steerling_min.steering import Steering
 
 
@@ -26,7 +26,7 @@ def test_each_pass_computes_what_the_docstrings_table_says(model):
         at = torch.zeros_like(tokens, dtype=torch.bool)
         at[:, list(asked)] = True
         tokens[:, 12:20] = written[:, 12:20].masked_fill(at[:, 12:20], model.config.mask_token_id)
-        plain = plain_hidden(model, tokens, at, {})
+        plain = model.transformer(tokens)[at]
         computed.clear()
         assert cache.length == before
         torch.testing.assert_close(cached_hidden(model, tokens, at, {}, cache), plain,
@@ -66,7 +66,7 @@ def test_the_cached_way_gives_the_plain_logits_and_computes_few_blocks(model, L,
     inner, lm_head = unmasking.cached_hidden, model.transformer.lm_head
 
     def both(model, tokens, asked, injections, cache):
-        plain = unmasking.plain_hidden(model, tokens, asked, injections)
+        plain = model.transformer(tokens, injections)[asked]
         hook = model.transformer.register_forward_pre_hook(
             lambda module, args, kwargs: computed.append(args[0].shape[1]), with_kwargs=True)
         fast = inner(model, tokens, asked, injections, cache)
