@@ -40,13 +40,9 @@ class Stream(NamedTuple):
     learnt: Tensor = torch.tensor(True)  # (n,) bool, the tokens that may be masked; by default all
 
 
-class Batch(NamedTuple):
-    """B windows of a stream. A chunk that is cut by a window's edge is a chunk in both windows."""
-
-    tokens: Tensor  # (B, T) int64
-    chunks: Tensor  # (B, T) int64, 0 to N - 1; -1 for special tokens
-    labels: Tensor  # (N, K) int64, as in Stream
-    learnt: Tensor = torch.tensor(True)  # (B, T) bool
+class Batch(Stream):
+    """B windows of a stream: the same fields, with (B, T) in the place of (n,). A chunk that is cut
+    by a window's edge is a chunk in both windows."""
 
 
 def pack(documents: Iterable[Sequence[Chunk]], tokenizer: Tokenizer, *,
