@@ -192,13 +192,6 @@ def test_a_failed_save_leaves_the_state_before_it(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_what_a_killed_save_has_left_is_cleared_away(run, tmp_path):
-    run("--steps", 2)
-    (tmp_path / "out" / ".tmpAbC123").write_bytes(b"half")
-    run("--resume", "--steps", 3)
-    assert not list((tmp_path / "out").glob(".tmp*"))
-
-
 # ---- what is not overwritten ---------------------------------------------------------------------
 
 

@@ -113,8 +113,6 @@ class Run:
             self.lock.acquire()
         except Timeout:
             raise ValueError(f"another process trains in {self.folder}") from None
-        for rest in self.folder.glob(".tmp??????"):  # safetensors' half-written files
-            rest.unlink()
 
     def __enter__(self) -> "Run":
         return self
