@@ -424,7 +424,7 @@ def evaluate_on_text(folder: str | None, args: Namespace) -> None:
     model, tokenizer = load(folder, args.device, torch.float32)
     named = load_labels(find_labels(folder), model.config)
     corpus = make_corpus(args, model.config.block_size, tokenizer,
-                         [named.label(i) for i in range(model.config.n_concepts)])
+                         [named.label(i) for i in range(named.n_known) if named.known])
     print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
     if folder and (Path(folder) / RUN).is_file() and (
             read_run(Path(folder))["data"] != corpus.fingerprint):

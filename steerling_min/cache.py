@@ -35,7 +35,7 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
     A pass starts from the length before. After the pass, the length moves to the start of the block
     that holds the first position asked for. All before that start was computed with its final
     tokens, in this pass or an earlier one. (In the fourth row position 7 was still a mask in the
-    pass.)
+    pass.) If a token of a final block has become a mask again, the pass starts from its block.
 
     Args: asked (B, T), True at the positions asked for, all of them masks; the tokens before the
     first of them are final.
@@ -43,8 +43,10 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
     S = model.config.diff_block_size
     rows, positions = asked.nonzero(as_tuple=True)  # (M,) each
     numbers = positions.tolist()
-    fresh = slice(cache.length, (max(numbers) // S + 1) * S)
+    first = min(numbers) // S * S
+    fresh = slice(min(cache.length, first), (max(numbers) // S + 1) * S)
+    cache.length = fresh.start
     injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
     hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, computed, D)
-    cache.length = min(numbers) // S * S
+    cache.length = first
     return hidden[rows, positions - fresh.start]

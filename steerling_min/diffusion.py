@@ -75,11 +75,13 @@ def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = No
 
     Why is it a bound? The block's probability is the mean of p over all orders. The mean of -log p
     is never less than -log of that mean (Jensen). So this bounds a writer with a random order. The
-    sampler writes the surest first: another distribution. The bound is the same as with "1/t"
-    (LLaDA, arXiv 2502.09992, equation 6), but counting masks has less variance than drawing t. The
-    m of a block's samples are spread evenly over 1 .. n: sample i has m = 1 + floor(n (i + u) /
-    samples), at most n, with one u ~ U(0, 1) for each row. Draws are made block by block, u first,
-    and only where something is asked: so a longer text has the same draws in its first blocks.
+    sampler writes the surest first: another distribution. Whatever noise the model was trained
+    with, this is a bound. For a single block it is the same as with "1/t" (LLaDA, arXiv 2502.09992,
+    equation 6), which also has noise in earlier blocks; but counting masks has less variance than
+    drawing t. The m of a block's samples are spread evenly over 1 .. n: sample i has m = 1 +
+    floor(n (i + u) / samples), at most n, with one u ~ U(0, 1) for each row. Draws are made block
+    by block, u first, and only where something is asked: so a longer text has the same draws in its
+    first blocks.
 
     The concept heads are not needed: with epsilon, composed = hidden.
     Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, by default all; samples, the

@@ -146,7 +146,8 @@ class Steerer:
         no limit); all others get 0. Injections that start at the same layer are added. Every
         injection's layer is a key, even if its values are all 0.
 
-        Args: masked (B, T) bool; committed (B,), new tokens written so far in each sequence.
+        Args: masked (B, T) bool; committed (B,), how many new positions of each sequence are not
+        masks now.
         """
         found: dict[int, Tensor] = {}
         for layer, cutoff, vector in self.injections:

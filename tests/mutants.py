@@ -41,8 +41,9 @@ from forks import FORKS
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.name: path.relative_to(ROOT).as_posix()  # no two have one name
-         for path in [*(ROOT / "steerling_min").rglob("*.py"), ROOT / "sample.py",
-                      ROOT / "train_tiny.py"] if path.name != "__init__.py"}
+         for path in [*(ROOT / "steerling_min").rglob("*.py"),
+                      ROOT / "steerling_min" / "training" / "grammar.json",
+                      ROOT / "sample.py", ROOT / "train_tiny.py"] if path.name != "__init__.py"}
 MEMORY = 16 * 2**30  # bytes for each process: a mutant may fill a list for ever
 
 
@@ -152,6 +153,12 @@ MISTAKES = [Mistake(name, file, old, new) for file, found in {
         ("int8: cut off, not rounded", ".round()", ""),
     ],
     "diffusion.py": [
+        ("noise grows from block to block", "t = torch.rand(B, n_blocks, generator=generator)",
+         "t = (torch.arange(n_blocks) + torch.rand(B, n_blocks, generator=generator)) / n_blocks"),
+        ("neighbouring blocks have opposite noise",
+         "t = torch.rand(B, n_blocks, generator=generator)",
+         "t = torch.rand(B, n_blocks, generator=generator)\n"
+         "    t[:, 1::2] = 1 - t[:, : n_blocks // 2 * 2 : 2]"),
         ("the originals are masked, too", "tokens.masked_fill(masked, mask_token_id), masked",
          "tokens.masked_fill_(masked, mask_token_id), masked"),
         ("masks are drawn without the generator", "torch.rand(tokens.shape, generator=generator)",
@@ -373,7 +380,7 @@ EQUIVALENT = {f"{file}: {edit}": why for file, found in json.loads(
 
 # ---- generated mutants ---------------------------------------------------------------------------
 
-SKIPPED = ("cli.py", "grammar.py", "exercises.py")
+SKIPPED = ("cli.py", "grammar.py", "grammar.json", "exercises.py")
 TABLES = {"EXERCISES", "MODIFICATIONS", "MEASURES"}  # words and numbers for people
 SYMMETRIC = {"max", "min", "transpose", "equal",
              "isinstance",  # a type error, which nobody overlooks
@@ -494,12 +501,14 @@ def by_hand() -> list[Mutant]:
     for name, file, old, new in MISTAKES:
         text = (ROOT / FILES[file]).read_text(encoding="utf-8")
         if text.count(old) != 1:
-            wrong.append(f"{file}: {name}: the old text stands there {text.count(old)} times")
+            wrong.append(f"{file}: {name}: the old text stands there {text.count(old)} times "
+                         "(say the mistake in today's code, in mutants.py or mistakes.json)")
         found.append(Mutant(f"{file}: {name}", f"{file}: {name}", FILES[file],
                             text.replace(old, new)))
     for mutant in found:
         try:
-            compile(mutant.text, mutant.file, "exec")
+            if mutant.file.endswith(".py"):
+                compile(mutant.text, mutant.file, "exec")
         except SyntaxError as error:
             wrong.append(f"{mutant.name}: {error}")
     if wrong:

@@ -258,7 +258,8 @@ ATTEMPTS = {
         "test_norm::test_three": "did not run", "test_norm::test_two": "did not run"}),
     "skips": ("import pytest\npytest.skip('no need')", "failed 2 of 2 tests", {
         "test_norm::test_three": "skipped", "test_norm::test_two": "skipped"}),
-    "deletes files": ("import os\nos.remove('steerling_min/norm.py')\nreturn x", "failed 2 of 2 tests", {
+    "deletes files": ("import os\nos.remove('steerling_min/norm.py')\nreturn x",
+                      "failed 2 of 2 tests", {
         "test_norm::test_three": "AssertionError: twice three is six",
         "test_norm::test_two": "FileNotFoundError: [Errno 2] No such file or directory"}),
     "no Python": ("return 2 * (x", "'(' was never closed (norm.py, line 4)", {}),

@@ -50,6 +50,14 @@ def test_noise_levels_are_uniform():
           "and are what a text begins and ends with", atol=0.006)
 
 
+def test_every_block_has_the_same_noise_wherever_it_stands_and_whatever_the_others_have():
+    t = noise_levels(20_000, 10, 2, rng())[:, ::2]  # (20000, 5)
+    at = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+    for block in range(5):
+        close(torch.quantile(t[:, block], at), at, f"block {block}: t ~ U(0, 1)", atol=0.015)
+    close(torch.corrcoef(t.T), torch.eye(5), "blocks draw independently", atol=0.03)
+
+
 @pytest.mark.parametrize("level", [0.0, 0.2, 0.7, 1.0])
 def test_each_token_is_masked_with_probability_t(level):
     tokens = torch.randint(0, 90, (64, 256), generator=rng(1))

@@ -267,9 +267,10 @@ def test_a_run_goes_on_by_its_own_options(run, tmp_path, sentences):
 
 def test_steps_and_minutes_take_each_others_place(run, tmp_path):
     run("--steps", 5)
-    run("--resume", "--minutes", 0.01)
+    minutes = seconds_of(tmp_path / "out") / 60 + 0.01
+    run("--resume", "--minutes", minutes)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
-    assert options["minutes"] == 0.01 and options["steps"] is None
+    assert options["minutes"] == minutes and options["steps"] is None
     assert "has made all of its steps" in run("--resume", status=2), "it is over"
     step = history_of(tmp_path / "out")[-1]["step"] + 2
     run("--resume", "--steps", step)

@@ -26,7 +26,7 @@ class Modification(NamedTuple):
     task: str
     where: str
     changes: list[str]   # tests that must change
-    breaks_parity: bool  # with the weights and texts of the official package
+    parity: str          # with the weights and texts of the official package: what becomes of it
     keeps: str           # tests that must not change
 
 
