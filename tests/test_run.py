@@ -101,8 +101,7 @@ def test_ctrl_c_waits_for_the_step_and_loses_nothing_of_it(run, tmp_path, monkey
     before = signal.getsignal(number)
     out = run("--steps", 10, status=128 + number)
     assert "step 6; --resume goes on" in out and signal.getsignal(number) == before
-    with safe_open(tmp_path / "out" / STATE, framework="pt") as f:
-        assert json.loads(f.metadata()["run"])["step"] == 6
+    assert recorded(tmp_path / "out", "step") == 6
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
@@ -127,9 +126,10 @@ def test_a_run_that_is_over_says_so_and_its_plan_stays(run, tmp_path, steps):
     assert (tmp_path / "out" / RUN).read_text() == before
 
 
-def seconds_of(folder):
+def recorded(folder, what):
+    """A run's "step" or "seconds", as saved."""
     with safe_open(folder / STATE, framework="pt") as f:
-        return json.loads(f.metadata()["run"])["seconds"]
+        return json.loads(f.metadata()["run"])[what]
 
 
 def test_a_minute_is_sixty_seconds(run, tmp_path, monkeypatch):
@@ -140,12 +140,13 @@ def test_a_minute_is_sixty_seconds(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "save", lambda self, *args: (
         saved.append(self.step), save(self, *args))[1])
     out = run("--minutes", 8, SAVE_EVERY=160)
-    assert seconds_of(tmp_path / "out") == 480.0 and "step 31" not in out
+    assert recorded(tmp_path / "out", "seconds") == 480.0 and "step 31" not in out
     assert "step 15: 16 tokens/s, 4.0 min left" in out
     assert "step 30: 16 tokens/s, 0.0 min left" in out
     assert saved == [0, 15, 30, 30], "first; after a line, if 160 seconds are over; last"
     out = run("--resume", "--minutes", 12, SAVE_EVERY=160)
-    assert seconds_of(tmp_path / "out") == 720.0 and "step 35: 16 tokens/s, 2.7 min left" in out
+    assert recorded(tmp_path / "out", "seconds") == 720.0
+    assert "step 35: 16 tokens/s, 2.7 min left" in out
 
 
 def a_run(tmp_path):
@@ -267,12 +268,12 @@ def test_a_run_goes_on_by_its_own_options(run, tmp_path, sentences):
 
 def test_steps_and_minutes_take_each_others_place(run, tmp_path):
     run("--steps", 5)
-    minutes = seconds_of(tmp_path / "out") / 60 + 0.01
+    minutes = recorded(tmp_path / "out", "seconds") / 60 + 0.01
     run("--resume", "--minutes", minutes)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert options["minutes"] == minutes and options["steps"] is None
     assert "has made all of its steps" in run("--resume", status=2), "it is over"
-    step = history_of(tmp_path / "out")[-1]["step"] + 2
+    step = recorded(tmp_path / "out", "step") + 2
     run("--resume", "--steps", step)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert (options["minutes"], options["steps"]) == (None, step)
