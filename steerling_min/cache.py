@@ -43,10 +43,9 @@ def cached_hidden(model: Steerling, tokens: Tensor, asked: Tensor, injections: d
     S = model.config.diff_block_size
     rows, positions = asked.nonzero(as_tuple=True)  # (M,) each
     numbers = positions.tolist()
-    first = min(numbers) // S * S
-    fresh = slice(min(cache.length, first), (max(numbers) // S + 1) * S)
-    cache.length = fresh.start
+    cache.length = min(cache.length, min(numbers) // S * S)
+    fresh = slice(cache.length, (max(numbers) // S + 1) * S)
     injections = {layer: vectors[:, fresh] for layer, vectors in injections.items()}
     hidden = model.transformer(tokens[:, fresh], injections, cache)  # (B, computed, D)
-    cache.length = first
+    cache.length = min(numbers) // S * S
     return hidden[rows, positions - fresh.start]

@@ -40,6 +40,8 @@ def replacing(file: Path) -> Iterator[Path]:
         yield folder / file.name
         os.replace(folder / file.name, file)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise  # this has been said, of a file that is written together with this one
         raise OSError(f"{file} was not written; what stood there before is intact: {error}"
                       ) from None
     finally:
