@@ -11,7 +11,6 @@ after the other by one process; a model that is there is not trained again.
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -68,12 +67,8 @@ def blocks() -> list[dict]:
     rows = []
     for S in BLOCKS:
         model, tokenizer = load(trained(f"block{S}", {"diff_block_size": S}, BLOCK_STEPS))
-        began, prompt = time.perf_counter(), [[tokenizer.bos_token_id]]
-        for seed in range(4):
-            generate(model, prompt, 192, seed=seed)
-        seconds = time.perf_counter() - began
         rows.append({"block": S, **evaluate.likelihood(model, tokenizer, 60),
-                     **evaluate.language(model, tokenizer, 60), "tokens/s": 4 * 192 / seconds})
+                     **evaluate.language(model, tokenizer, 60)})
     return rows
 
 

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import cache, partial
@@ -105,7 +105,8 @@ def workflow(names: list[str]) -> str:
 # ---- grading -------------------------------------------------------------------------------------
 
 
-def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float) -> Iterator[dict]:
+def grade(root: Path, folders: list[Path], chosen: list[Exercise], limit: float
+          ) -> Generator[dict, None, None]:
     """A row for each exercise of each submission."""
     pool = ThreadPoolExecutor(os.cpu_count())
     with tempfile.TemporaryDirectory() as clean, ending(pool):
