@@ -244,9 +244,9 @@ class Run:
             self.signals.append(number)
             if len(self.signals) > 2:
                 raise KeyboardInterrupt
-        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # the terminal is gone
-        ends = {signal.SIGINT, signal.SIGTERM, hangup} - (
-            {hangup} if signal.getsignal(hangup) == signal.SIG_IGN else set())  # of nohup
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            ends.append(signal.SIGHUP)  # the terminal is gone; nohup ignores that
         handlers = {n: signal.signal(n, ask) for n in ends}
         try:
             yield
