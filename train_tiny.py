@@ -224,7 +224,7 @@ def draw_step(corpus: Stories | Texts, config: Config, step: int, progress: floa
     """Everything random in a step, for this process's windows.
 
     Each process draws for all windows and takes every WORLD-th. All draws follow from seed, step
-    and progress, so that a run can go on from any step.
+    and progress, so that a run can go on from any step. args: its seed, batch and without are read.
     """
     generator = torch.Generator()
     generator.manual_seed(random.Random(f"noise {args.seed} {step}").getrandbits(63))

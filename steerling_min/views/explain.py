@@ -35,7 +35,8 @@ def explain(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seque
          "written_by": the largest part; if that is known, the type of its largest concept,
          "concepts": the `top` concepts of each head that did most for or against it, the largest
                      first: [{"head" ("known" or "discovered"), "id" (counted within its head),
-                     "name", "type" (where a label says it), "contribution" (logits)}]}],
+                     "name" (without a label: tokens that it raises or, where it spoke against the
+                     token, lowers), "type" (where a label says it), "contribution" (logits)}]}],
      "chunks": [one per stretch of written tokens between <|endofchunk|>s, of
         {"start", "end" (positions, the end is not in it), "text",
          "concepts": the same as above with a signed "share" for a contribution, and "epsilon": the
