@@ -380,6 +380,14 @@ def test_the_list_for_programs_says_all_that_the_tables_say(run):
     assert listed["modifications"][1]["changes"] == list(MODIFICATIONS["pre-norm"].changes)
 
 
+def test_the_teachers_page_answers_each_section_of_the_notebook_and_each_modification():
+    cells = json.loads((REPOSITORY / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+    asked = [line[3:] for text in texts for line in text.splitlines() if line.startswith("## ")]
+    answers = (REPOSITORY / "steerling_min" / "course" / "answers.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### (.*)$", answers, re.M) == [*asked, *MODIFICATIONS]
+
+
 def test_a_command_that_meets_a_blank_says_which_and_what_to_do(capfd):
     """Training and sampling while an exercise is open."""
     with pytest.raises(SystemExit) as stop, one_line_errors("sample.py", "less"):

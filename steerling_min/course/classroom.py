@@ -39,7 +39,7 @@ from .functions import blanked, exchanged, file_of, find, read, write
 TEACHERS = [".ci", ".github/workflows/test.yml", "tests/mutants.py", "tests/mistakes.json",
             "tests/equivalent.json", "tests/test_course.py", "tests/test_classroom.py",
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
-            in ("classroom.py", "classroom.yml", "handout.md"))]
+            in ("classroom.py", "classroom.yml", "handout.md", "answers.md"))]
 RUNNING: set[subprocess.Popen] = set()  # submissions under test
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
 # The same author and date make the same commit; nobody's own configuration of git is read.
