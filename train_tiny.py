@@ -429,8 +429,10 @@ def evaluate_on_text(folder: str | None, args: Namespace) -> None:
     if folder and (Path(folder) / RUN).is_file() and (
             read_run(Path(folder))["data"] != corpus.fingerprint):
         print("(it was trained on other text, which may have had parts of this one)")
-    # with --text the corpus is no Stories, and has a rest
-    for name, x in measure_text(model, tokenizer, corpus.rest).items():  # type: ignore[union-attr]
+    rest = corpus.rest  # type: ignore[union-attr]  # with --text the corpus is no Stories
+    if not named.known:  # then the text's concepts are not the model's
+        rest = rest._replace(labels=rest.labels[:, :0])
+    for name, x in measure_text(model, tokenizer, rest).items():
         print(f"{x:10.4f}  {name}")
     start, n = [tokenizer.bos_token_id], min(128, model.config.block_size - 1)
     for seed in range(3):
@@ -484,7 +486,7 @@ def run(args: Namespace, this: Run) -> None:
             except ImportError:
                 print("matplotlib would draw this as loss.png: pip install -e '.[notebook]'")
         more = "" if this.stopped() else ", with more --steps or --minutes"
-        print(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}", flush=True)
+        this.say(f"saved to {args.out}, step {this.step:,}; --resume goes on{more}")
     # The objects that shard the model survive in reference cycles, and their threads keep running.
     # Such a thread aborts a process that ends before it does. So collect the objects first.
     if WORLD > 1:

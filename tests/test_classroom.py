@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -384,7 +385,7 @@ def test_marks_are_a_table_json_and_csv(small, two, run, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--csv", "nowhere/marks.csv"], "No such file or directory: 'nowhere/marks.csv'"),
+    (["--csv", "."], "Is a directory: '.'"),
     (["--csv", "x", "--json", "x"], "--csv and --json would both write x: give two files"),
     (["--seconds", "nan"], "--seconds nan: above 0"), (["--seconds", 0], "--seconds 0.0: above 0"),
     (["FOLDER/pyproject.toml"], "pyproject.toml is no folder: unpack what was handed in")])
@@ -397,8 +398,26 @@ def test_what_would_fail_after_an_hour_of_grading_fails_at_once(small, two, run,
     assert code == 2 and error.strip().endswith(message) and "Traceback" not in error
 
 
+def until(happened, seconds=30):
+    """Wait for something, but not for ever."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.01)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
 def test_ctrl_c_ends_a_grading_at_once_and_keeps_the_marks_so_far(small, submissions, run, tmp_path,
-                                                                  monkeypatch):
+                                                                  monkeypatch, number):
     started = tmp_path / "started"
     endless = tmp_path / "endless"
     shutil.copytree(submissions / "right", endless)
@@ -409,9 +428,8 @@ def test_ctrl_c_ends_a_grading_at_once_and_keeps_the_marks_so_far(small, submiss
     assert "sleep(99)" in file.read_text()
 
     def interrupt():
-        while not (started.exists() and started.read_text()):
-            time.sleep(0.01)
-        signal.raise_signal(signal.SIGINT)
+        until(lambda: started.exists() and started.read_text())
+        signal.raise_signal(number)
     printed = []
 
     def first(*said, **options):  # Ctrl-C comes after the first student's mark
@@ -419,18 +437,34 @@ def test_ctrl_c_ends_a_grading_at_once_and_keeps_the_marks_so_far(small, submiss
         if len(printed) == 1:
             interrupt()
     monkeypatch.setattr("builtins.print", first)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's `&`: ignored
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, usual)  # a shell's `&`, or nohup, may have it ignored
     try:
         code, *_ = run(small, "grade", submissions / "right", endless, "--exercises", "norm",
                        "--csv", tmp_path / "marks.csv")
+        assert signal.getsignal(number) == usual
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert code == 130
+        signal.signal(number, before)
+    assert code == 128 + number
     with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as table:
         assert [Path(row["student"]).name for row in csv.DictReader(table)] == ["right"]
-    time.sleep(0.2)
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(started.read_text()), 0)
+    until(lambda: not alive(int(started.read_text())))
+
+
+def test_marks_that_were_there_stay_until_there_are_new_ones(small, two, run, tmp_path):
+    (tmp_path / "marks.csv").write_text("old marks")
+    code, *_ = run(small, "grade", two[0], "--seconds", "0.01", "--exercises", "norm", "--csv",
+                   tmp_path / "marks.csv")
+    assert code == 2 and (tmp_path / "marks.csv").read_text() == "old marks"
+
+
+def test_a_submission_that_starts_after_the_end_is_killed(small, monkeypatch):
+    ended = SimpleNamespace(is_set=lambda: True)
+    monkeypatch.setattr("steerling_min.course.classroom.ENDED", ended)
+    began = time.monotonic()
+    function = "def forward(self, x):\n    import time\n    time.sleep(60)\n"
+    outcomes, reason, _ = run_tests(small, 60.0, EXERCISES["norm"], function)
+    assert not outcomes and "ended early" in reason and time.monotonic() - began < 50
 
 
 def test_the_teacher_may_name_the_exercises(small, two, run):

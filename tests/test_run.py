@@ -125,7 +125,7 @@ def test_a_run_that_is_over_says_so_and_its_plan_stays(run, tmp_path, steps):
     run("--steps", 5)
     before = (tmp_path / "out" / RUN).read_text()
     assert run("--resume", "--steps", steps, status=2).endswith(
-        "has made all of its steps, 5: give more --steps or --minutes")
+        "is over, at step 5: give more --steps or --minutes")
     assert (tmp_path / "out" / RUN).read_text() == before
 
 
@@ -275,7 +275,7 @@ def test_steps_and_minutes_take_each_others_place(run, tmp_path):
     run("--resume", "--minutes", minutes)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]
     assert options["minutes"] == minutes and options["steps"] is None
-    assert "has made all of its steps" in run("--resume", status=2), "it is over"
+    assert "is over, at step" in run("--resume", status=2)
     step = recorded(tmp_path / "out", "step") + 2
     run("--resume", "--steps", step)
     options = json.loads((tmp_path / "out" / RUN).read_text())["options"]

@@ -395,6 +395,16 @@ def test_too_little_memory_is_one_line(run, monkeypatch):
 # ---- other people's texts ------------------------------------------------------------------------
 
 
+def test_a_model_without_named_concepts_detects_none_in_a_labelled_text(run, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"This is paragraph {i}." for i in range(400)))
+    run("--steps", 5, "--text", tmp_path / "a.txt", "--vocab", 300)
+    lines = [json.dumps({"text": f"This is paragraph {i}.", "concepts": [f"a{i % 2}", f"b{i % 3}"]})
+             for i in range(400)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    out = run("--text", tmp_path / "b.jsonl", "--evaluate", tmp_path / "out")
+    assert "bits per byte" in out and "AUC" not in out, "its concept 0 is not the text's first"
+
+
 def test_plain_text_trains_without_labels_and_says_so(run, tmp_path, monkeypatch):
     text = "\n\n".join(f"This is paragraph {i} of many." for i in range(400))
     (tmp_path / "a.txt").write_text(text)

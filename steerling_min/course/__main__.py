@@ -15,6 +15,7 @@ For teachers there are `handout` and `grade`, in classroom.py.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, SyntaxError, OSError, subprocess.CalledProcessError) as error:
-        p.exit(2, f"{p.prog}: {error}\n")
+        p.exit(2, f"{p.prog}: " + re.sub(r"\[Errno \d+\] ", "", str(error)) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Generator, Iterator
@@ -41,6 +42,8 @@ TEACHERS = [".ci", ".github/workflows/test.yml", "tests/mutants.py", "tests/mist
             "tests/test_house.py", "tests/test_readme.py", *(f"steerling_min/course/{name}" for name
             in ("classroom.py", "classroom.yml", "handout.md", "answers.md"))]
 RUNNING: set[subprocess.Popen] = set()  # submissions under test
+ENDED = threading.Event()               # grading is over: no more of them
+STOPS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 SECTIONS = ("The idea", "On the command", "From Python", "Reading order")
 # The same author and date make the same commit; nobody's own configuration of git is read.
 WHO = {"NAME": "steerling_min", "EMAIL": "course@localhost", "DATE": "2026-01-01T00:00:00Z"}
@@ -125,8 +128,11 @@ def ending(pool: ThreadPoolExecutor) -> Iterator[None]:
         yield
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        ENDED.set()
         for child in list(RUNNING):
             kill(child)
+        pool.shutdown()
+        ENDED.clear()
 
 
 def row(original: Path, folder: Path, exercise: Exercise, right: Future, run: Callable) -> dict:
@@ -181,6 +187,8 @@ def run_tests(original: Path, limit: float, exercise: Exercise,
                 cwd=folder, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
                 stdin=nowhere, stdout=nowhere, stderr=nowhere) as child:
             RUNNING.add(child)
+            if ENDED.is_set():
+                kill(child)
             try:
                 code = child.wait(limit)
                 reason = (f"{file.name} cannot be imported with it" if code == 4 else
@@ -258,7 +266,8 @@ def mark(root: Path, args: Namespace) -> None:
         raise ValueError(f"--csv and --json would both write {args.csv}: give two files")
     for file in filter(None, (args.csv, args.json)):
         open(file, "a").close()  # if it cannot be written, say so now
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = {n: signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in STOPS
+              if signal.getsignal(n) != signal.SIG_IGN}
     rows = []
     try:
         with closing(grade(root, args.folders, chosen, args.seconds)) as graded:
@@ -267,7 +276,10 @@ def mark(root: Path, args: Namespace) -> None:
                 said = [row["reason"] or "passed", *map(": ".join, row["failed"].items())]
                 print(f"{row['student']:24} {row['exercise']:17} {'; '.join(said[:2])}", flush=True)
     finally:  # if the teacher presses Ctrl-C, the marks so far are written
-        save_marks(rows, args)
+        if rows:
+            save_marks(rows, args)
+        for n, handler in before.items():
+            signal.signal(n, handler)
     for folder in args.folders:
         marks = [row["passed"] for row in rows if row["student"] == str(folder)]
         print(f"{str(folder):24} {sum(marks)} of {len(marks)} passed")
@@ -278,7 +290,7 @@ def save_marks(rows: list[dict], args: Namespace) -> None:
         write(args.json, json.dumps(rows, indent=1) + "\n")
     if args.csv:
         with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, rows[0] if rows else [])
+            table = csv.DictWriter(file, rows[0])
             table.writeheader()
             table.writerows({**row, "failed": "; ".join(map(": ".join, row["failed"].items()))}
                             for row in rows)

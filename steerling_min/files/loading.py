@@ -101,7 +101,7 @@ def cached(repo: str) -> Path | None:
     try:
         from huggingface_hub import snapshot_download  # the hub extra; `hf download` is its command
         return Path(snapshot_download(repo, local_files_only=True))
-    except (ImportError, FileNotFoundError):
+    except (ImportError, FileNotFoundError, ValueError):  # ValueError: no name of a repository
         return None
 
 

@@ -169,7 +169,7 @@ class Run:
                                  f"the run in {self.folder} began with")
             self.load(model, optimizer)
             if self.done() >= 1:
-                raise ValueError(f"--resume: the run in {self.folder} has made all of its steps, "
+                raise ValueError(f"--resume: the run in {self.folder} is over, at step "
                                  f"{self.step}: give more --steps or --minutes")
         elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
             raise ValueError("the text has concepts, and the model that the run starts from has "
@@ -266,6 +266,7 @@ class Run:
             print("\x1b[K" * self.terminal + line, end="\r" if over else "\n", flush=True)
         except OSError:
             self.signals.append(13)  # SIGPIPE's number, which Windows lacks
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # nothing more to flush to
 
 
 def tensors_of(model: Steerling, optimizer: AdamW) -> dict[str, Tensor]:

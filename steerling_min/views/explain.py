@@ -1,6 +1,5 @@
 """A written text explained token by token and chunk by chunk, for people and for programs."""
 
-import textwrap
 from collections.abc import Sequence
 from functools import cache
 
@@ -128,8 +127,8 @@ def print_explanation(explained: dict, top: int = 3) -> None:
                   token["concepts"][:top], "contribution", "+.1f"))
     print("chunks: those that did most, in percent of the sizes of all single contributions")
     for number, chunk in enumerate(explained["chunks"], start=1):
-        text = textwrap.shorten(chunk["text"], COLUMNS - 15, placeholder=" ...")
-        print(f"chunk {number}: {text!r}")
+        line = f"chunk {number}: {chunk['text'].strip()!r}"
+        print(line if len(line) <= COLUMNS else line[: COLUMNS - 4] + " ...")
         for head in PARTS[:2]:
             print(fit(f"  {head:10}  ", [x for x in chunk["concepts"] if x["head"] == head],
                       "share", "+.1%"))
