@@ -257,9 +257,8 @@ def mark(root: Path, args: Namespace) -> None:
     chosen = [e for e in EXERCISES.values() if (e in args.names if args.names else e.name in given)]
     if not chosen:
         raise ValueError("no folder says what was handed out: give --exercises NAME ...")
-    for folder in args.folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder: unpack what was handed in")
+    if none := [folder for folder in args.folders if not folder.is_dir()]:
+        raise ValueError(f"{none[0]} is no folder: unpack what was handed in")
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds {args.seconds}: above 0")
     if args.csv and args.csv == args.json:

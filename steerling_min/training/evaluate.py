@@ -295,9 +295,8 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
 
     def words(steer):
         return steered(model, tokenizer, word_prompts(tokenizer, max(1, n // 2)), steer)
-
-    def nothing(concept):
-        return None
+    plain = {before: topics(lambda concept: None, before)[0]
+             for before in ("neutral", "other", "same")}
     neutral, neutral_right = topics(Steering.amplify, "neutral")
     other, other_right = topics(Steering.amplify, "other")
     unlearned, unlearned_right = topics(Steering.unlearn, "same")
@@ -306,13 +305,12 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
             "... sentences in the grammar": neutral_right,
             "topic amplified, other topic before": other,
             "... sentences in the grammar, after the other topic": other_right,
-            "topic not amplified, either prompt": fmean(
-                topics(nothing, before)[0] for before in ("neutral", "other")),
+            "topic not amplified, either prompt": (plain["neutral"] + plain["other"]) / 2,
             "topic unlearned, same topic before": unlearned,
-            "... not unlearned": topics(nothing, "same")[0],
+            "... not unlearned": plain["same"],
             "... sentences in the grammar, topic unlearned": unlearned_right,
             "word amplified: chunks that say it": word,
-            "... not amplified": words(nothing)[0],
+            "... not amplified": words(lambda concept: None)[0],
             "... sentences in the grammar, word amplified": word_right}
 
 
