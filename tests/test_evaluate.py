@@ -422,7 +422,7 @@ def test_steered_counts_new_chunks_and_their_sentences(monkeypatch):
 
 def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch):
     """A writer that shows what is amplified, and not what is unlearned; grammar suffers. Without
-    steering it keeps to the topic of the chunk before."""
+    steering it keeps to the topic of the chunk before; where there is none, it is of the sea."""
     sentences, asked = {}, {}
     for name, (nouns, templates) in TOPICS.items():
         words = {slot: world.fillers(slot, nouns)[0] for slot in world.slots_of(templates[0])}
@@ -442,7 +442,7 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
         if steering is None:
             before = split_sentences(re.sub(r"<.*?>", "", prompt))
             kept = (sentences[topic] for topic in sentences if shows(before, topic))
-            return called("plain") + next(kept, "Mara smiled all the way home.") + " A"
+            return called("plain") + next(kept, sentences[CONCEPT_IDS["sea"]]) + " A"
         [concept] = steering.injections[0].ids
         if steering == Steering.unlearn(concept):
             return called("unlearned", concept) + "Mara smiled all the way home. Oh. A"
@@ -458,10 +458,11 @@ def test_each_steering_row_has_its_own_prompts_and_its_own_steering(monkeypatch)
         "topic amplified, neutral prompt": 1, "... sentences in the grammar": 1 / 3,
         "topic amplified, other topic before": 1 / 2,
         "... sentences in the grammar, after the other topic": 1,
-        "topic not amplified, either prompt": 0,
+        "topic not amplified, either prompt": (1 / len(TOPICS) + 0) / 2,
         "topic unlearned, same topic before": 0, "... not unlearned": 1,
         "... sentences in the grammar, topic unlearned": 1 / 2,
-        "word amplified: chunks that say it": 1, "... not amplified": 0,
+        "word amplified: chunks that say it": 1,
+        "... not amplified": 1 / sum(evaluate.WORD_SAMPLE.values()),  # the sea's sentence says one
         "... sentences in the grammar, word amplified": 1 / 2}
     for row, value in expected.items():
         assert found[row] == pytest.approx(value), row
