@@ -414,3 +414,14 @@ def test_generation_works_in_bfloat16():
     torch.manual_seed(0)
     model = Steerling(dataclasses.replace(Config.tiny(), n_layers=1)).bfloat16().eval()
     assert generate(model, [[1, 2, 3]], 20, seed=0).shape == (1, 23)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_no_finite_number_is_said_and_not_drawn_from(model, wrong):
+    def broken(module, args, logits):
+        logits = logits.clone()
+        logits[0, 7] = wrong
+        return logits
+    with model.transformer.lm_head.register_forward_hook(broken):
+        with pytest.raises(ValueError, match="logits are not finite numbers any more in .*float32"):
+            generate(model, PROMPT, 4, seed=0)
