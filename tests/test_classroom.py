@@ -547,3 +547,17 @@ def test_a_dry_run_of_twelve_exercises_and_eight_submissions(original, run, tmp_
     assert all(expected[key] in reason for key, reason in not_passed.items())
     lines = " ".join(found["wrong-mask", "mask"]["failed"].values())
     assert "AssertionError" in lines, "the first lines teach"
+
+
+@pytest.mark.slow
+def test_a_handout_that_is_solved_passes_all_of_its_tests(original, run, tmp_path):
+    handout = tmp_path / "handout"
+    assert run(original, "handout", handout, *FEW)[0] == 0
+    for name in FEW:
+        e = EXERCISES[name]
+        write(file_of(e, handout), read(file_of(e, original)))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:cacheprovider"],
+        cwd=handout, env={**os.environ, "PYTHONPATH": str(handout), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]

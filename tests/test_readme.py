@@ -12,6 +12,7 @@ import pytest
 from lines import CORE, ROOT, SHELVES, lines_of_code
 
 from steerling_min.course.exercises import EXERCISES, MODIFICATIONS
+from steerling_min.files.loading import find_checkpoint
 from steerling_min.training.evaluate import MEASURES
 from steerling_min.training.objective import PARTS
 
@@ -101,6 +102,14 @@ def test_its_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", text):
             link = "".join(link)
             assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+def test_its_download_is_the_one_that_the_program_asks_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # then no cache is looked at
+    with pytest.raises(FileNotFoundError) as error:
+        find_checkpoint("guidelabs/steerling-8b")
+    command = str(error.value).split("to download it: ")[1]
+    assert f"\n    {command}\n" in PAGES[ROOT / "README.md"]
 
 
 def test_the_first_page_is_read_at_one_sitting():
