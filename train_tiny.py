@@ -277,7 +277,7 @@ def prepare(model: Steerling, corpus: Stories | Texts, counted: Stream, args: Na
     torch.manual_seed(args.seed)
     fill(model, device, run.stored_weight if args.init or args.resume else first_weight)
     if not args.resume:
-        start_concepts(model, lift, spoken, run.n_known)
+        start_concepts(model, lift, spoken, len(run.labels.all_known()))
     return objective
 
 
@@ -422,15 +422,14 @@ def main() -> None:
 def evaluate_on_text(folder: str | None, args: Namespace) -> None:
     """Print what a model makes of the part of --text that training held out, and what it writes."""
     model, tokenizer = load(folder, args.device, torch.float32)
-    named = load_labels(find_labels(folder), model.config)
-    corpus = make_corpus(args, model.config.block_size, tokenizer,
-                         [named.label(i) for i in range(named.n_known) if named.known])
+    known = load_labels(find_labels(folder), model.config).all_known()
+    corpus = make_corpus(args, model.config.block_size, tokenizer, known)
     print(f"{folder or 'the bundled model'}, on held-out text of {', '.join(map(str, args.text))}:")
     if folder and (Path(folder) / RUN).is_file() and (
             read_run(Path(folder))["data"] != corpus.fingerprint):
         print("(it was trained on other text, which may have had parts of this one)")
     rest = corpus.rest  # type: ignore[union-attr]  # with --text the corpus is no Stories
-    if not named.known:  # then the text's concepts are not the model's
+    if not known:  # then the text's concepts are not the model's
         rest = rest._replace(labels=rest.labels[:, :0])
     for name, x in measure_text(model, tokenizer, rest).items():
         print(f"{x:10.4f}  {name}")

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from steerling_min.course import __main__ as course
-from steerling_min.course.classroom import TEACHERS, grade, run_tests
+from steerling_min.course.classroom import STOPS, TEACHERS, grade, run_tests
 from steerling_min.course.exercises import EXERCISES
 from steerling_min.course.functions import cut, exchanged, file_of, find, hole, read, write
 
@@ -415,7 +415,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", 1)])
+@pytest.mark.parametrize("number", [signal.SIGINT, *STOPS])
 def test_ctrl_c_ends_a_grading_at_once_and_keeps_the_marks_so_far(small, submissions, run, tmp_path,
                                                                   monkeypatch, number):
     started = tmp_path / "started"

@@ -23,7 +23,7 @@ from steerling_min import Steerling, load
 from steerling_min.files import checkpoint
 from steerling_min.iguide import rows
 from steerling_min.training.data import Stories, Texts
-from steerling_min.files.labels import LABELS
+from steerling_min.files.labels import LABELS, Labels
 
 ROOT = Path(__file__).parent.parent
 STORIES = Stories(0)
@@ -130,7 +130,8 @@ def test_labels_of_a_text_pull_at_the_backbone_less_than_those_of_the_tiny_world
     (tmp_path / "a.txt").write_text("Some words, again and again. " * 400)
     args = train_tiny.Namespace(without=[], init=None, resume=True, recompute=False, compile=False,
                                 seed=0, dtype="float32")
-    run = SimpleNamespace(say=print, n_known=0, stored_weight=train_tiny.first_weight)
+    run = SimpleNamespace(say=print, labels=Labels([], 0, 0),
+                          stored_weight=train_tiny.first_weight)
     for corpus, pull in ((STORIES, train_tiny.PULL),
                          (train_tiny.Texts([tmp_path / "a.txt"], 0, 256, 300),
                           train_tiny.TEXT_PULL)):
@@ -144,7 +145,8 @@ def test_a_checkpoint_learns_every_concept_that_the_corpus_names():
     """Also one that is missing in the part where tokens are counted: it comes later."""
     args = train_tiny.Namespace(without=[], init="model", resume=True, recompute=False, seed=0,
                                 compile=False, dtype="float32")
-    run = SimpleNamespace(say=print, n_known=0, stored_weight=train_tiny.first_weight)
+    run = SimpleNamespace(say=print, labels=Labels([], 0, 0),
+                          stored_weight=train_tiny.first_weight)
     corpus = train_tiny.Stories(0, STORIES.tokenizer, [train_tiny.Label(0, "the model's own"),
                                                        train_tiny.Label(1, "another")])
     model = train_tiny.make_model("tiny", corpus)

@@ -64,6 +64,10 @@ class Labels:
     def name(self, concept: int, head: str = "known") -> str:
         return self.label(concept, head).name
 
+    def all_known(self) -> list[Label]:
+        """A label for each known concept; none at all if no known concept has a name."""
+        return [self.label(concept) for concept in range(self.n_known)] if self.known else []
+
     def find(self, query: str, discovered: bool = False) -> list[Label]:
         """Search the labels for words of the query; the best hits come first.
 

@@ -295,8 +295,7 @@ def steering(model: Steerling, tokenizer: Tokenizer, n: int) -> dict[str, float]
 
     def words(steer):
         return steered(model, tokenizer, word_prompts(tokenizer, max(1, n // 2)), steer)
-    plain = {before: topics(lambda concept: None, before)[0]
-             for before in ("neutral", "other", "same")}
+    plain = {kind: topics(lambda concept: None, kind)[0] for kind in ("neutral", "other", "same")}
     neutral, neutral_right = topics(Steering.amplify, "neutral")
     other, other_right = topics(Steering.amplify, "other")
     unlearned, unlearned_right = topics(Steering.unlearn, "same")

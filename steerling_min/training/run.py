@@ -93,7 +93,7 @@ class Run:
         """Raises ValueError or OSError where this run would overwrite another, or a model."""
         self.folder, self.resumed = args.out, args.resume
         self.options = {name: x for name, x in vars(args).items() if name not in NOT_KEPT}
-        self.labels, self.n_known = Labels([], 0, 0), 0  # of the model that the run starts from
+        self.labels = Labels([], 0, 0)  # of the model that the run starts from
         self.step, self.seconds = 0, 0.0
         self.history: list[dict] = []
         self.signals: list[int] = []  # that asked it to stop
@@ -138,8 +138,7 @@ class Run:
         self.stored = match_tensors(model, weight_files(folder))
         own = self.folder / (LABELS + ".csv") if self.resumed else None
         self.labels = load_labels(own or find_labels(name), model.config)
-        self.n_known = model.config.n_concepts if self.labels.known else 0
-        return model, tokenizer, [self.labels.label(concept) for concept in range(self.n_known)]
+        return model, tokenizer, self.labels.all_known()
 
     def stored_weight(self, name: str, shape: torch.Size, config: Config) -> Tensor:
         """Read a parameter of the checkpoint that the run starts from.
@@ -171,7 +170,7 @@ class Run:
             if self.done() >= 1:
                 raise ValueError(f"--resume: the run in {self.folder} is over, at step "
                                  f"{self.step}: give more --steps or --minutes")
-        elif corpus.labels and self.labels.n_known > 1 and not self.n_known:
+        elif corpus.labels and self.labels.n_known > 1 and not self.labels.known:
             raise ValueError("the text has concepts, and the model that the run starts from has "
                              f"none with a name, so they cannot be matched; {GET_LABELS}")
         else:
