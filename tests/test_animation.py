@@ -40,14 +40,14 @@ def drawn(monkeypatch):
     def drawn(tokens, prompt="p"):
         explained = {"tokens": [dict(zip(("text", "step", "written_by"), x)) for x in tokens]}
         monkeypatch.setattr(module, "explain", lambda *args: explained)
-        steps = [None] * (1 + max(step for _, step, _ in tokens))
+        steps = [None] * max(step for _, step, _ in tokens)
         return ElementTree.fromstring(animation(None, BYTES, None, steps, BYTES.encode(prompt)))
     return drawn
 
 
 def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
-    svg = drawn([(" <b>", 1, "content"), (" &", 0, "discovered"), ("<|endofchunk|>", 2, "epsilon"),
-                 ("A", 3, "known")])
+    svg = drawn([(" <b>", 2, "content"), (" &", 1, "discovered"), ("<|endofchunk|>", 3, "epsilon"),
+                 ("A", 4, "known")])
     shown = SECONDS / (SECONDS + HOLD)
     assert parts(svg) == [(" <b>", COLOURS["content"][0], pytest.approx(shown * 2 / 4, abs=1e-3)),
                           (" &", COLOURS["discovered"][0], pytest.approx(shown / 4, abs=1e-3)),
@@ -64,7 +64,7 @@ def test_a_token_appears_at_its_step_on_the_colour_of_what_wrote_it(drawn):
 
 
 def test_characters_of_several_tokens_and_wide_ones_have_their_place(drawn):
-    svg = drawn([("", 0, "tone"), ("\u65e5\u672c", 1, "tone"), ("\u0301", 2, "tone")],
+    svg = drawn([("", 1, "tone"), ("\u65e5\u672c", 2, "tone"), ("\u0301", 3, "tone")],
                 "caf\u00e9 \u2615")
     prompt = "".join(still(svg)).split("written by")[0]
     assert prompt == "caf\u00e9 \u2615"
@@ -80,24 +80,24 @@ def test_characters_of_several_tokens_and_wide_ones_have_their_place(drawn):
 
 @pytest.mark.parametrize("character", ["\x00", "\x07", "\x1b", "\r", "\ufffe"])
 def test_a_control_character_leaves_it_well_formed(drawn, character):
-    assert still(drawn([("a", 0, "tone")], f"p{character}p"))[:3] == ["p", "\ufffd", "p"]
+    assert still(drawn([("a", 1, "tone")], f"p{character}p"))[:3] == ["p", "\ufffd", "p"]
 
 
 def test_line_feeds_and_tabs_are_kept(drawn):
-    svg = drawn([("a\n\nb", 0, "tone")], "p\tp\nq")
+    svg = drawn([("a\n\nb", 1, "tone")], "p\tp\nq")
     lines = {x.text: int(x.get("y")) // module.HEIGHT for x in svg.iter(SVG + "text")}
     assert (lines["p"], lines["q"], lines["a"], lines["b"]) == (1, 2, 2, 4)
     assert "    " in still(svg)
 
 
 def test_a_line_has_88_columns_and_not_one_more(drawn):
-    svg = drawn([("b" * 87, 0, "tone"), ("c", 0, "tone"), ("d" * 87, 0, "tone")], "a")
+    svg = drawn([("b" * 87, 1, "tone"), ("c", 1, "tone"), ("d" * 87, 1, "tone")], "a")
     lines = {x.text: int(x.get("y")) // module.HEIGHT for x in svg.iter(SVG + "text")}
     assert (lines["a"], lines["b" * 87], lines["c"], lines["d" * 87]) == (1, 1, 2, 2)
 
 
 def test_a_line_that_is_wrapped_begins_with_no_space(drawn):
-    svg = drawn([("b" * 87, 0, "tone"), (" c", 0, "tone"), ("d", 0, "tone")], "a")
+    svg = drawn([("b" * 87, 1, "tone"), (" c", 1, "tone"), ("d", 1, "tone")], "a")
     x = {x.text.strip(): (x.text, float(x.get("x"))) for x in svg.iter(SVG + "text")}
     assert x["c"] == ("c", 0.0) and 0 < x["d"][1] <= module.WIDTH
 

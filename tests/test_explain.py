@@ -141,7 +141,7 @@ def test_each_chunk_has_the_official_shares_of_both_heads(by_hand):
 def test_a_character_stands_with_the_last_of_its_tokens(by_hand):
     assert [token["text"] for token in by_hand[0]["tokens"]] == [
         "a", "", "\u00e9", "<|endofchunk|>", "b"]
-    assert [token["step"] for token in by_hand[0]["tokens"]] == [0, 1, 1, 0, 1]
+    assert [token["step"] for token in by_hand[0]["tokens"]] == [1, 2, 2, 1, 2]
     assert [token["confidence"] for token in by_hand[0]["tokens"]] == [0.25, 1, 0.5, 0.5, 0.75]
 
 
@@ -150,11 +150,11 @@ def test_people_get_a_line_per_token_and_a_block_per_chunk(by_hand, capsys):
     assert capsys.readouterr().out == """\
 logit = known concepts + discovered ones + epsilon; then those that did most, in logits
 step  sure  token        logit = known  disc.   eps.
-   0   25%  'a'            5.0 =   3.0 +  1.5 +  0.5  Hugo +4.0, ~ 'c' 'a' 'b' +1.0
-   1  100%  ...            6.0 =   2.0 +  4.0 +  0.0  ~ 'c' 'a' 'b' +3.0, Hugo +1.0
-   1   50%  '\u00e9'            5.0 =   0.5 +  2.0 +  2.5  ~ 'c' 'a' 'b' +1.0, concept 2 +0.5
-   0   50%  chunk's end    6.0 =  -3.0 +  8.0 +  1.0  ~ 'c' 'a' 'b' +8.0, concept 2 -3.0
-   1   75%  'b'            3.5 =   4.0 -  1.0 +  0.5  calm +6.0, ~ not 'd' 'f' 'e' -1.0
+   1   25%  'a'            5.0 =   3.0 +  1.5 +  0.5  Hugo +4.0, ~ 'c' 'a' 'b' +1.0
+   2  100%  ...            6.0 =   2.0 +  4.0 +  0.0  ~ 'c' 'a' 'b' +3.0, Hugo +1.0
+   2   50%  '\u00e9'            5.0 =   0.5 +  2.0 +  2.5  ~ 'c' 'a' 'b' +1.0, concept 2 +0.5
+   1   50%  chunk's end    6.0 =  -3.0 +  8.0 +  1.0  ~ 'c' 'a' 'b' +8.0, concept 2 -3.0
+   2   75%  'b'            3.5 =   4.0 -  1.0 +  0.5  calm +6.0, ~ not 'd' 'f' 'e' -1.0
 chunks: those that did most, in percent of the sizes of all single contributions
 chunk 1: 'a\u00e9'
   known       Hugo +24.6%
@@ -232,7 +232,7 @@ def test_every_written_token_is_there_in_the_order_of_the_text(run, explained):
     assert [token["position"] for token in found["tokens"]] == list(range(3, 13))
     assert [token["id"] for token in found["tokens"]] == steps[-1].tokens[row, 3:].tolist()
     for token in found["tokens"]:
-        step = steps[token["step"]]
+        step = steps[token["step"] - 1]
         at = step.positions[row].tolist().index(token["position"])
         assert step.ids[row][at] == token["id"] and step.confidences[row][at] == token["confidence"]
         assert tokenizer.decode([token["id"]], specials=True) == token["text"]
@@ -242,7 +242,7 @@ def test_the_parts_sum_to_the_logit_of_the_step(run, explained):
     model, _, _, steps = run
     row, found = explained
     for token in found["tokens"]:
-        step = steps[token["step"]]
+        step = steps[token["step"] - 1]
         hidden = step.hidden[row][step.positions[row].tolist().index(token["position"])]
         logit = (hidden @ model.transformer.tok_emb.weight[token["id"]]).item()
         assert token["logit"] == pytest.approx(logit, abs=1e-4)

@@ -207,7 +207,7 @@ def test_in_a_browser_the_text_is_shown_hovered_and_played(written, seen):
     assert seen["first"] == "play" and seen["sticky"] == "sticky"
     data = data_of(text)
     token = data["tokens"][2]
-    assert f"written in step {token['step'] + 1} of {NEW}" in seen["about"] and seen["chosen"] == 1
+    assert f"written in step {token['step']} of {NEW}" in seen["about"] and seen["chosen"] == 1
     assert all(item["name"] in seen["about"] for item in token["concepts"])
     assert seen["inputs"] == sorted(item["position"] for item in token["inputs"]), (
         "its inputs are underlined, the prompt's too")

@@ -150,7 +150,7 @@ def test_half_a_character_is_a_place_still_open(monkeypatch):
         texts.append("".join(text for text, _ in module.pieces_of(step, tokenizer, 1, {}, 3)))
         out = io.StringIO()
         list(watch([step], tokenizer, [97], 3, out))
-        assert out.getvalue() == "step 0: b'\\xe2' at 1\n", "alone it is a byte"
+        assert out.getvalue() == "step 1: b'\\xe2' at 1\n", "alone it is a byte"
     assert texts == ["a" + 3 * MASK, "a" + 3 * MASK, "a\u2615"]
 
 
@@ -192,7 +192,7 @@ def test_elsewhere_each_step_is_a_line(bundled, monkeypatch, make, name, value):
     lines = out.getvalue().splitlines()
     assert len(lines) == 5 and "\x1b" not in out.getvalue()
     first = tokenizer.decode(steps[0].ids[0].tolist()[:1])
-    assert lines[0].startswith(f"step 0: {first!r} at {steps[0].positions[0][0].item()}")
+    assert lines[0].startswith(f"step 1: {first!r} at {steps[0].positions[0][0].item()}")
 
 
 def test_steps_pass_through_unchanged(bundled):

@@ -35,7 +35,7 @@ def animation(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seq
         pieces += [("  ", None, None), (f" {said} ", None, COLOURS[writer][0])]
     x, y, marks = 0, 1, []
     for text, step, colour in pieces:
-        when = None if step is None else SECONDS * (step + 1) / len(steps) / (SECONDS + HOLD)
+        when = None if step is None else SECONDS * step / len(steps) / (SECONDS + HOLD)
         if text in ("<|endofchunk|>", "<|endoftext|>"):  # a chunk is a line of its own
             text = "\n"
         lines = FORBIDDEN.sub("\ufffd", text.expandtabs(4)).split("\n")

@@ -27,7 +27,7 @@ def explain(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seque
     """Everything that a run of `unmask` knows about one of its texts, ready for json.dumps.
 
     {"tokens": [one per written token, in the order of the text, of
-        {"position", "id", "text", "step" (0 is the first), "confidence" (0 to 1),
+        {"position", "id", "text", "step" (1 is the first), "confidence" (0 to 1),
          "logit" (before suppression, penalty and guidance),
          "parts": {"known", "discovered", "epsilon"}, in logits: their sum is the logit,
          "shares": the same, as sizes over the sum of the three sizes,
@@ -64,7 +64,7 @@ def explain(model: Steerling, tokenizer: Tokenizer, labels: Labels, steps: Seque
 
     positions, found = attribute_text(model, steps, row, steering)
     when = {position: (number, confidence)
-            for number, step in enumerate(steps)
+            for number, step in enumerate(steps, start=1)
             for position, confidence in zip(step.positions[row].tolist(),
                                             step.confidences[row].tolist())}
     pieces = tokenizer.pieces(steps[-1].tokens[row].tolist())

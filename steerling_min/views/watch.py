@@ -56,7 +56,7 @@ def watch(steps: Iterable[Step], tokenizer: Tokenizer, prompt: list[int], new: i
     # position -> tokens written before its step; lines on screen; time of the last picture
     when: dict[int, int] = {}
     drawn, last = 0, 0.0
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps, start=1):
         positions, ids = step.positions[0].tolist(), step.ids[0].tolist()
         when.update(dict.fromkeys(positions, len(when)))
         if redrawn:
