@@ -38,6 +38,9 @@ from steerling_min.views.resemblance import (print_resemblances, resemblances, t
 from steerling_min.views.watch import live, watch
 
 SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show concepts' names
+# --find and --score write no text: what they have a use for.
+FIND = {"find", "discovered", "labels", "model", "device", "dtype", "quantize"}
+SCORE = {"score", "prompt", "chat", "model", "device", "dtype", "quantize"}
 WORLD = Path()  # stands for the tiny world's stories
 MOST = 20  # concepts that --find lists
 # Where neither the command line nor the model says more. None: entropy sampling.
@@ -122,22 +125,23 @@ def parse_args() -> argparse.Namespace:
     """
     p = parser()
     args = p.parse_args()
-    if args.num_samples < 1:
-        p.error(f"--num-samples {args.num_samples}: must be at least 1")
-    about_a_text = ("watch", "steer", *SHOWING)
-    for flag, others in (("find", ("prompt", "score", "chat", *about_a_text)),
-                         ("score", about_a_text), ("json", ("watch",))):
-        for other in others:
-            if getattr(args, flag) and getattr(args, other):
-                p.error(f"--{flag} and --{other} exclude each other: give one of them")
-    if args.find is not None and not args.find.strip():
-        p.error("--find: give words to look for, or a concept's number")
-    if args.discovered and args.find is None:
-        p.error("--discovered is for --find: give both")
-    if args.suppression < 0:
-        p.error(f"--suppression {args.suppression:g}: must be 0 or more")
-    if args.score and "" in args.score:
-        p.error("--score: the text to score is empty")
+    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    for flag, others in ("find", given - FIND), ("score", given - SCORE), ("json", {"watch"}):
+        for other in sorted(given & others) if flag in given else ():
+            p.error(f"--{flag} and --{other.replace('_', '-')} exclude each other: give one")
+    away = any("=-" in flag for flag in args.steer)
+    for ok, wrong in (
+            (args.num_samples >= 1, f"--num-samples {args.num_samples}: must be at least 1"),
+            (args.find is None or args.find.strip(),
+             "--find: give words to look for, or a concept's number"),
+            ("find" in given or not args.discovered, "--discovered is for --find: give both"),
+            ("" not in (args.score or []), "--score: the text to score is empty"),
+            (args.suppression >= 0, f"--suppression {args.suppression:g}: must be 0 or more"),
+            (away or "suppression" not in given, "--suppression is for a --steer below 0"),
+            (args.order == "window" or not args.align and args.allow_eos is not False,
+             "--order global has no windows to --align, and cannot take --no-allow-eos")):
+        if not ok:
+            p.error(wrong)
     files = [target(file) for file in (args.html, args.svg) if file]
     if len(files) > len(set(files)):
         p.error(f"--html and --svg would both write {args.svg}: give two files")

@@ -81,6 +81,7 @@ STEER_FROM = 0.3     # injections start after this part of training
 LOG_EVERY = 100      # steps
 PRINT_EVERY = 20     # seconds, where there is no terminal
 SAVE_EVERY = 60      # seconds
+EVALUATE = ("evaluate", "text", "concepts", "top", "seed", "device")  # what --evaluate reads
 
 SIZES = {  # what differs from Config.tiny()
     "tiny": {},                                                                     # 1.4 M
@@ -358,7 +359,7 @@ def parse_args() -> Namespace:
                    help="names of the concepts in --text shard.parquet (FineWeb Atlas)")
     p.add_argument("--top", type=int, default=64, metavar="N",
                    help="learn the N most frequent of its concepts of each type (default: 64)")
-    p.add_argument("--vocab", type=int, metavar="N",
+    p.add_argument("--vocab", type=int, default=VOCAB, metavar="N",
                    help=f"largest vocabulary to learn from --text (default: {VOCAB})")
     p.add_argument("--without", nargs="+", choices=PARTS, default=[], metavar="PART",
                    help="leave parts out: " + "; ".join(f"{k}: {v}" for k, v in PARTS.items()))
@@ -379,7 +380,10 @@ def parse_args() -> Namespace:
     args = parse_options(p)
     if not 0 <= RANK < WORLD:
         p.error("RANK and WORLD_SIZE, which torchrun sets, must be a number and a larger one")
+    trains = {name: value for name, value in vars(args).items() if name not in EVALUATE}
     for name, ok, supported in (
+            *((name, args.evaluate is None or value == p.get_default(name),
+               "for training, and --evaluate trains nothing") for name, value in trains.items()),
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
@@ -387,7 +391,9 @@ def parse_args() -> Namespace:
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
             ("out", args.out != Path(), "a folder of the run's own"),
             ("size", not (args.size and args.init), "the model of --init has its own"),
-            ("vocab", not (args.vocab and args.init), "the model of --init has its own"),
+            ("vocab", args.vocab == VOCAB or args.text and not args.init,
+             "for --text only, and the model of --init has its own"),
+            ("top", args.top == p.get_default("top") or args.concepts, "for --concepts only"),
             ("batch", args.batch >= 1 and args.batch % WORLD == 0,
              f"a positive multiple of the {WORLD} processes")):
         if not ok:
@@ -398,7 +404,7 @@ def parse_args() -> Namespace:
                 "give both")
     args.steps = args.steps or (STEPS if args.minutes is None else None)
     if not args.init:
-        args.size, args.vocab = args.size or "tiny", args.vocab or VOCAB
+        args.size = args.size or "tiny"
     return args
 
 

@@ -112,8 +112,9 @@ def run(tmp_path, monkeypatch, capsys):
     import train_tiny
 
     def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5, SAVE_EVERY=0):
-        monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--out", str(out), *SHARED,
-                                          *map(str, arguments)])
+        trains = [] if "--evaluate" in arguments else ["--out", out, "--batch", 4]
+        monkeypatch.setattr(sys, "argv", [
+            "train_tiny.py", "--device", "cpu", *map(str, [*trains, *arguments])])
         monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
         monkeypatch.setattr(train_tiny, "WARMUP", 5)
         monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)

@@ -95,14 +95,15 @@ def test_they_are_completed_imported_and_missed_as_usual():
         exec("from steerling_min import lod")
 
 
-@pytest.mark.parametrize("file", [x for x in SHELVES if x.parent.name == "course"],
-                         ids=lambda file: file.name)
-def test_the_course_imports_only_itself(file):
+@pytest.mark.parametrize("file", [x for x in SHELVES if x.parent.name == "course"
+                                  or x.name == "cli.py"], ids=lambda file: file.name)
+def test_the_course_imports_only_itself_and_how_commands_end(file):
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert all(x.name.split(".")[0] in sys.stdlib_module_names for x in node.names)
         if isinstance(node, ast.ImportFrom):
             own = node.level == 1 and (node.module or node.names[0].name) in (
                 "exercises", "functions", "classroom")
-            assert own or node.module.split(".")[0] in sys.stdlib_module_names, (
+            ends = node.level == 2 and node.module == "files.cli" or node.module == "safetensors"
+            assert own or ends or node.module.split(".")[0] in sys.stdlib_module_names, (
                 f"{file.name} imports {node.module}: it must start when an attempt does not")

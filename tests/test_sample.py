@@ -604,12 +604,15 @@ def refusal(result) -> str:
     (["--steer", "999=3"], f"concept 999 does not exist; ids are 0 to {KNOWN - 1}"),
     (["--steer", "sea=3"], "no concept is called 'sea'"),
     (["--steer", "3=3", "--steer", "3=-4"], "concept 3 has a strength already"),
-    (["--steer", "3=-7", "--suppression", "nan"], "strength = nan is not supported"),
+    (["--steer", "3=-7", "--suppression", "nan"], "--suppression nan: must be 0 or more"),
     (["--steer", "sea\n\x1b[2J" + "a" * 5000], "--steer sea\\n\\x1b[2Jaaa"),
-    (["--find", "sea"], "--find and --prompt exclude each other"),
+    (["--find", "sea"], "--find and --max-new-tokens exclude each other"),
     (["--discovered"], "--discovered is for --find: give both"),
     (["--score", "a", "--explain"], "--score and --explain exclude each other"),
-    (["--score", ""], "the text to score is empty"),
+    (["--suppression", "3"], "--suppression is for a --steer below 0"),
+    (["--suppression", "3", "--steer", "3=3"], "--suppression is for a --steer below 0"),
+    (["--order", "global", "--align"], "--order global has no windows to --align"),
+    (["--order", "global", "--no-allow-eos"], "cannot take --no-allow-eos"),
     (["--suppression", "-20"], "--suppression -20: must be 0 or more"),
     (["--html", "a.svg", "--svg", "a.svg"], "would both write a.svg"),
     (["--html", "tests/../a.svg", "--svg", "a.svg"], "would both write a.svg"),
@@ -622,6 +625,21 @@ def refusal(result) -> str:
 ], ids=lambda x: " ".join(map(str, x))[:30] if isinstance(x, list) else "")
 def test_a_wrong_argument_is_one_line(run, options, message):
     assert message in refusal(run(*options))
+
+
+def test_an_empty_text_cannot_be_scored(run):
+    assert "the text to score is empty" in refusal(run("--score", "", new=None))
+
+
+@pytest.mark.parametrize("option", [
+    ["--seed", 3], ["--steps", 4], ["--top-p", 0.5], ["--allow-eos"], ["--no-align"], ["--watch"],
+    ["--order", "global"], ["--steer", "3=3"], ["--explain"], ["--svg", "a.svg"], ["--compile"]],
+    ids=lambda option: option[0])
+@pytest.mark.parametrize("task", ["--find", "--score"])
+def test_what_writes_no_text_refuses_the_options_about_writing(run, task, option):
+    said = refusal(run(task, "sea", *option, new=None, stdin=io.StringIO("x")))
+    assert f"{task} and {option[0].replace('no-', '')} exclude each other" in said, (
+        "an option without effect would be silently ignored")
 
 
 def test_a_hub_id_that_was_not_downloaded_names_the_command(run, monkeypatch):

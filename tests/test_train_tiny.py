@@ -537,6 +537,10 @@ def test_a_text_that_cannot_be_used_is_one_line(run, tmp_path, content, message)
     (["--without", "brain"], "brain"), (["--steps", "x"], "invalid int"),
     (["--init", "/nowhere"], "no checkpoint folder at /nowhere"),
     (["--init", "/nowhere", "--size", "tiny"], "--size tiny: the model of --init has its own"),
+    (["--evaluate", "--steps", 9], "--steps 9: for training, and --evaluate trains nothing"),
+    (["--evaluate", "--out", "/a"], "--out /a: for training"),
+    (["--top", 3], "--top 3: for --concepts only"), (["--vocab", 300], "for --text only"),
+    (["--vocab", 300, "--text", "a", "--init", "b"], "the model of --init has its own"),
     (["--evaluate", "/nowhere"], "no checkpoint folder at /nowhere")])
 def test_wrong_arguments_end_with_one_line_and_status_2(run, arguments, message):
     error = run(*arguments, status=2)

@@ -14,8 +14,6 @@ For teachers there are `handout` and `grade`, in classroom.py.
 
 import argparse
 import json
-import os
-import re
 import shlex
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import textwrap
 from itertools import count
 from pathlib import Path
 
+from ..files.cli import Parser, one_line_errors
 from .exercises import EXERCISES, HANDED_OUT, MODIFICATIONS, Exercise, Modification
 from .functions import blanked, cut, exchanged, file_of, find, hole, read, write
 
@@ -137,13 +136,6 @@ def show(modification: Modification) -> None:
           f"'parity or departure'): {modification.parity}")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line. Its twin, files/cli.py, imports too much."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
-
-
 def main() -> None:
     p = Parser(prog="python -m steerling_min.course", description="The course.")
     p.set_defaults(run=overview, json=False)
@@ -161,16 +153,8 @@ def main() -> None:
     args = p.parse_args()
     if not (ROOT / "tests").is_dir():
         p.error("the course needs the repository, with its tests, installed by pip install -e .")
-    try:
+    with one_line_errors(p.prog, memory="close other programs"):
         args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # a reader that has had enough: | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, SyntaxError, OSError, subprocess.CalledProcessError) as error:
-        p.exit(2, f"{p.prog}: " + re.sub(r"\[Errno \d+\] ", "", str(error)) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from subprocess import CalledProcessError
 
 from safetensors import SafetensorError
 
@@ -39,8 +40,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     """End the program with one line and status 2 when the user can put the error right.
 
     Such errors are: wrong values, wrong files, missing extras, an exercise of the course that is
-    still blank, and too little memory (`memory` says what needs less). Any other error keeps its
-    traceback.
+    still blank or no valid Python, another program that failed, and too little memory (`memory`
+    says what needs less). Any other error keeps its traceback.
     Ctrl-C ends the program with status 130. If the reader of its output goes away (`| head`), it
     ends with 141, the status of a process that SIGPIPE ends.
     """
@@ -60,7 +61,8 @@ def one_line_errors(prog: str, memory: str) -> Iterator[None]:
     except BrokenPipeError:
         sys.stdout = nowhere()  # nothing more to flush to
         sys.exit(141)
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, SyntaxError, SafetensorError,
+            CalledProcessError) as error:
         if isinstance(error, OSError) and error.filename is None:  # of no file: the output is full
             sys.stdout = nowhere()
         end(error)
