@@ -79,8 +79,8 @@ def parser() -> Parser:
     add = p.add_argument_group("concepts").add_argument
     add("--steer", action="append", default=[], metavar="CONCEPT=STRENGTH",
         help="by name or number, several times; above 0: bring it out, so many logits strong (8 is "
-        "usual); below 0: keep it out (-4). A group, by its name or as A+B, is steered along the "
-        "sum of its directions")
+        "usual), until 32 tokens are written; below 0: keep it out to the end (-4). A group, by "
+        "its name or as A+B, is steered along the sum of its directions")
     add("--suppression", type=float, default=SUPPRESS, metavar="X", help="for --steer below 0: the "
         "logits also taken off the token that the concept promotes most, and off other tokens in "
         f"proportion. Of a group the first concept counts (default: {SUPPRESS:g})")

@@ -95,9 +95,10 @@ SIZES = {  # what differs from Config.tiny()
 
 def plain_step(model: Steerling, optimizer: torch.optim.Optimizer, tokens: Tensor,
                generator: torch.Generator | None = None) -> Tensor:
-    """What training is, and nothing else: hide tokens (B, T), predict them.
+    """What learning the language is, and nothing else: hide tokens (B, T), predict them.
 
-    Returns the loss: the mean over the masked tokens.
+    Returns the loss: the mean over the masked tokens. The concept heads learn nothing from it, as
+    long as epsilon makes the composed state the hidden state: see `losses.compose`.
     """
     B, T = tokens.shape
     t = noise_levels(B, T, model.config.diff_block_size, generator)              # (B, T)
@@ -309,8 +310,10 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
             for name, loss in losses.items():
                 recent.setdefault(name, []).append(loss.detach())
             logged = run.step % LOG_EVERY == 0
-            if logged:
+            shown = RANK == 0 and now - printed >= (1 if run.terminal else PRINT_EVERY)
+            if logged or shown:  # the means since the last line of the curve
                 means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
+            if logged:
                 recent = {}
                 with gathered(objective):
                     means["held out"] = held_out_loss(model, held_out)
@@ -322,10 +325,10 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
                         f"at step {run.step} the loss is not a number any more: try a smaller --lr "
                         f"than {args.lr}; what was saved before is intact")
                 run.history.append({"step": run.step, **means})
-            if RANK == 0 and (logged or now - printed >= (1 if run.terminal else PRINT_EVERY)):
+            if logged and RANK == 0 or shown:
                 speed = (run.step - first) * args.batch * config.block_size / (now - started)
-                left, shown = run.seconds / 60 * (1 / run.done() - 1), means if logged else losses
-                said = ", ".join(f"{name} {loss:.3f}" for name, loss in shown.items())
+                left = run.seconds / 60 * (1 / run.done() - 1)
+                said = ", ".join(f"{name} {loss:.3f}" for name, loss in means.items())
                 run.say(f"step {run.step}: {speed:,.0f} tokens/s, {left:.1f} min left; {said}",
                         passing=not logged)
                 printed = now

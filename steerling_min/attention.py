@@ -57,6 +57,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+class Attention(nn.Module):
+    """Grouped-query attention with normalised, rotated queries and keys."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.n_head, self.n_kv_heads = config.n_head, config.kv_heads
+        self.head_dim, self.clip_qkv = config.head_dim, config.clip_qkv
+        qkv = (self.n_head + 2 * self.n_kv_heads) * self.head_dim
+        self.c_attn = nn.Linear(config.n_embd, qkv, bias=False)  # D -> q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
+                cache: "KVCache | None" = None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
+
+        c_attn gives q, then k, then v, each as head after head. All three are clamped to +-
+        clip_qkv (unless None). Then q and k are normalised over d and rotated. With a cache (this
+        layer's part of it), k and v go through its `update`, and Tk is the cached positions plus T;
+        else T. Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
+        through c_proj.
+        """
+        B, T, D = x.shape
+        qkv = self.c_attn(x)  # (B, T, (H + 2G) d)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        heads = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, d)
+        q, k, v = heads.split([self.n_head, self.n_kv_heads, self.n_kv_heads], dim=1)
+        q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
+        k = rotate(self.k_norm(k), cos, sin)  # (B, G, T, d)
+        if cache is not None:
+            k, v = cache.update(k, v)  # (B, G, Tk, d)
+        # softmax(q k^T / sqrt(d)) v, the mask's False set to -inf
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self.c_proj(out.transpose(1, 2).reshape(B, T, D))
+
+
+# ---- for writing fast; skip it on a first reading ------------------------------------------------
+
+
 @dataclass
 class KVCache:
     """Keys and values of all layers, for a sequence whose blocks become final from left to right.
@@ -91,41 +132,3 @@ class KVCache:
         self.k[:, :, self.length:end] = k
         self.v[:, :, self.length:end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with normalised, rotated queries and keys."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.n_head, self.n_kv_heads = config.n_head, config.kv_heads
-        self.head_dim, self.clip_qkv = config.head_dim, config.clip_qkv
-        qkv = (self.n_head + 2 * self.n_kv_heads) * self.head_dim
-        self.c_attn = nn.Linear(config.n_embd, qkv, bias=False)  # D -> q, k, v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor,
-                cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D); cos, sin (T, d); mask (T, Tk), True where a key is seen.
-
-        c_attn gives q, then k, then v, each as head after head. All three are clamped to +-
-        clip_qkv (unless None). Then q and k are normalised over d and rotated. With a cache (this
-        layer's part of it), k and v go through its `update`, and Tk is the cached positions plus T;
-        else T. Query head i reads key/value head i // (H / G). The heads' outputs, side by side, go
-        through c_proj.
-        """
-        B, T, D = x.shape
-        qkv = self.c_attn(x)  # (B, T, (H + 2G) d)
-        if self.clip_qkv is not None:
-            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        heads = qkv.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, T, d)
-        q, k, v = heads.split([self.n_head, self.n_kv_heads, self.n_kv_heads], dim=1)
-        q = rotate(self.q_norm(q), cos, sin)  # (B, H, T, d)
-        k = rotate(self.k_norm(k), cos, sin)  # (B, G, T, d)
-        if cache is not None:
-            k, v = cache.update(k, v)  # (B, G, Tk, d)
-        # softmax(q k^T / sqrt(d)) v, the mask's False set to -inf
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.c_proj(out.transpose(1, 2).reshape(B, T, D))

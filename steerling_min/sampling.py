@@ -88,8 +88,8 @@ def sort_logits(logits: Tensor) -> tuple[Tensor, Tensor]:
     """logits (V,), float32 -> logits minus their maximum, in descending order, and their token ids.
 
     Ties go to the smaller id. (Subtracting a number from all logits changes no softmax.) Floats of
-    0 or more are ordered like their bits read as integers, and integers are sorted about 30 times
-    as fast: with 100,000 tokens that matters in every draw.
+    0 or more are ordered like their bits read as integers, and a CPU sorts integers four times as
+    fast: with 100,000 tokens that matters in every draw.
     """
     below = logits.max() - logits  # (V,), 0 or more
     bits, ids = below.view(torch.int32).sort(stable=True)

@@ -31,11 +31,11 @@ def unmask_plainly(model: Steerling, prompt: Sequence[int], new: int) -> Tensor:
     """
     config, mask = model.config, model.config.mask_token_id
     never = [mask, config.pad_token_id, config.eos_token_id]  # they are not words
-    tokens = torch.tensor([[*prompt, *[mask] * new]])         # (1, T)
+    tokens = torch.tensor([[*prompt, *[mask] * new]], device=model.device)  # (1, T)
     for start in range(len(prompt), len(prompt) + new, config.diff_block_size):
         window = slice(start, start + config.diff_block_size)
         while (tokens[0, window] == mask).any():
-            logits = model(tokens).logits[0, window]           # (S, V)
+            logits = model(tokens).logits[0, window]           # (S, V), fewer at the end
             logits[:, never] = -torch.inf
             confidence, best = logits.softmax(-1).max(-1)      # (S,) each
             confidence[tokens[0, window] != mask] = 0          # what is written stays

@@ -100,6 +100,16 @@ def test_what_an_end_of_turn_overwrote_is_not_explained(model, monkeypatch):
     assert found.tokens.tolist() == last[0, positions].tolist(), "what stands in the text"
 
 
+def test_what_an_end_overwrote_in_another_row_is_not_explained(model):
+    steps = list(unmask(model, PROMPT, 4, seed=1))
+    second = [step.positions[1].item() for step in steps]
+    last = steps[-1].tokens.clone()
+    last[1, second[0]] = model.config.eos_token_id  # in the first row nothing was overwritten
+    ended = [*steps[:-1], dataclasses.replace(steps[-1], tokens=last)]
+    assert attribute_text(model, ended, 1)[0].tolist() == sorted(second[1:])
+    assert len(attribute_text(model, ended, 0)[0]) == 4
+
+
 def test_under_guidance_the_states_are_those_that_saw_the_prompt(model):
     step = next(iter(unmask(model, PROMPT[:1], 12, steps=4, seed=1, cfg_scale=1.0)))
     masks = torch.full((1, 12), model.config.mask_token_id)
@@ -214,6 +224,13 @@ def test_integrated_gradients_are_complete_and_masks_get_nothing():
     assert sum(errors) < 0.5 * sum(coarse), "a Riemann sum: the finer the steps, the nearer"
 
 
+def test_asking_for_gradients_leaves_none_in_the_model(model):
+    model.zero_grad()
+    input_attribution(model, torch.tensor(PROMPT[0]), 5, 3, steps=4)
+    assert all(p.grad is None for p in model.parameters()), (
+        "they would take as much memory as the weights, and add to the next training step's")
+
+
 def test_a_single_step_is_the_gradient_at_the_input_itself(model):
     tokens, weight = torch.tensor(PROMPT[0]), model.transformer.tok_emb.weight.detach()
     x = weight[tokens].requires_grad_()
@@ -260,6 +277,9 @@ def test_the_nearest_concepts_exclude_itself_and_padding():
     assert ids.tolist() == [1, 2], "those that point most nearly the same way, itself left out"
     close(cosine, torch.tensor([0.8, 0.6]), "an embedding's length does not matter")
     assert nearest(model, 0, 9)[0].tolist() == [1, 2, 3], "no more than there are"
+    E[1:4] = E[0]
+    for concept in range(4):
+        assert concept not in nearest(model, concept, 3)[0], "others may be as near as it is itself"
 
 
 def test_activations_are_the_known_heads_probabilities(model):

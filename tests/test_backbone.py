@@ -34,6 +34,15 @@ def test_parity_a_length_that_is_no_multiple_of_the_block(model, golden):
           "are those of a whole one, cut off", atol=TOLERANCE)
 
 
+def test_in_half_precision_the_angles_stay_float32():
+    backbone, seen = a_backbone().bfloat16(), []
+    for block in backbone.blocks:
+        block.register_forward_pre_hook(lambda block, args: seen.extend(args[1:3]))
+    backbone(torch.arange(12)[None])
+    assert seen and all(x.dtype == torch.float32 for x in seen), (
+        "bfloat16 has three digits, too few for a rotation by 255 steps (rope_full_precision)")
+
+
 def a_backbone():
     torch.manual_seed(0)
     return Backbone(CONFIG).eval()

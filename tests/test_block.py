@@ -52,6 +52,15 @@ def test_nothing_normalises_what_a_branch_reads():
     assert torch.equal(read[0], x), "attention reads the residual stream itself (norm_order 'post')"
 
 
+def test_the_stream_that_a_block_reads_is_left_as_it_is():
+    block, around = a_block()
+    x = torch.randn(1, 8, 32)
+    before = x.clone()
+    with torch.no_grad():  # nothing would object to x += ...
+        block(x, *around)
+    assert torch.equal(x, before), "it belongs to the caller"
+
+
 def test_a_silent_branch_leaves_the_residual_stream_alone():
     block, around = a_block()
     block.attn.c_proj.weight.data.zero_()

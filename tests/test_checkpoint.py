@@ -352,6 +352,21 @@ def test_a_failed_save_leaves_the_old_checkpoint(folder, model, fails, monkeypat
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", WEIGHTS]
 
 
+def test_where_the_weights_cannot_be_replaced_the_old_config_stays(folder, model, monkeypatch):
+    """Windows does not replace a file that is in use."""
+    replace = os.replace
+
+    def not_weights(source, target):
+        if str(target).endswith(".safetensors"):
+            raise OSError("the file is in use")
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", not_weights)
+    with pytest.raises(OSError):
+        Steerling(dataclasses.replace(model.config, rope_base=7.0)).save_pretrained(folder)
+    assert Steerling.from_pretrained(folder).config == model.config, (
+        "old weights beside another config would load, and write nonsense")
+
+
 def test_two_files_have_an_index_too(tmp_path, model, monkeypatch):
     monkeypatch.setattr(checkpoint, "SHARD", sum(x.nbytes for x in model.parameters()) - 1)
     model.save_pretrained(tmp_path)

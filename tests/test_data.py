@@ -52,6 +52,14 @@ def test_a_chunk_cut_by_the_windows_edge_is_a_chunk_in_both():
     assert batch.labels.tolist() == [[0], [1], [1]]
 
 
+def test_windows_inside_long_chunks_have_no_special_token_and_keep_their_labels():
+    stream = Stream(torch.arange(12), torch.tensor([-1, *[0] * 5, -1, *[1] * 4, -1]),
+                    torch.tensor([[3], [4]]))
+    batch = cut(stream, torch.tensor([1, 7]), 4)
+    assert batch.chunks.tolist() == [[0] * 4, [1] * 4]
+    assert batch.labels.tolist() == [[3], [4]]
+
+
 def test_stories_are_the_grammars_and_packed_whole():
     stream = STORIES.stream(7, 300)
     text = TOKENIZER.decode(stream.tokens.tolist(), specials=True)
@@ -346,6 +354,14 @@ def test_another_seed_reads_other_windows_of_a_text(tmp_path):
     file = labelled(tmp_path, [[]] * 500)
     one, two = (Texts([file], seed, T=64).windows(7, 8, 64)[1].tolist() for seed in (1, 2))
     assert one != two
+
+
+def test_a_step_reads_the_same_windows_of_a_text_every_time(tmp_path):
+    """A run that is resumed begins at any step: no step may depend on the steps before it."""
+    texts = Texts([labelled(tmp_path, [[]] * 500)], 1, T=64)
+    first = texts.windows(7, 8, 64)[1].tolist()
+    assert texts.windows(8, 8, 64)[1].tolist() != first
+    assert texts.windows(7, 8, 64)[1].tolist() == first
 
 
 def test_labels_of_several_files_share_their_names(tmp_path):

@@ -41,6 +41,7 @@ def test_a_last_short_block_has_a_level_too():
     assert t.shape == (2, 11), "T need not be a multiple of S: the last block is cut short"
     for begin, end in ((0, 4), (4, 8), (8, 11)):
         assert (t[:, begin:end] == t[:, begin:begin + 1]).all(), "blocks count from position 0"
+    assert len(t[:, [0, 4, 8]].unique()) == 6, "its own, not that of the block before"
 
 
 def test_noise_levels_are_uniform():
@@ -132,6 +133,16 @@ def test_nothing_masked_costs_nothing():
         loss = token_loss(logits.requires_grad_()[none], tokens, none, t, weighting)
         loss.backward()  # and it can be trained on
         assert loss == 0.0 and (logits.grad == 0.0).all()
+
+
+@pytest.mark.parametrize("weighting", ["none", "1/t"])
+def test_the_loss_of_half_precision_logits_is_computed_in_float32(weighting):
+    logits, tokens = torch.randn(500, 50, generator=rng()).bfloat16(), torch.arange(500)[None] % 50
+    masked, t = torch.ones(1, 500, dtype=torch.bool), torch.full((1, 500), 0.3)
+    losses = -logits.float().log_softmax(-1).gather(1, tokens[0][:, None])[:, 0]
+    expected = losses.mean() if weighting == "none" else losses.mean() / 0.3
+    close(token_loss(logits, tokens, masked, t, weighting), expected,
+          "in bfloat16 a sum of 500 losses has three digits", atol=1e-4)
 
 
 def test_another_weighting_is_refused():

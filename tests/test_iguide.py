@@ -211,6 +211,15 @@ def test_epsilon_is_left_out_at_edited_positions_only():
         "the official package drops epsilon everywhere; here other positions are untouched")
 
 
+def test_an_edit_that_changes_no_weight_leaves_epsilon_out_all_the_same():
+    known, unknown = heads()
+    ids = decompose(HIDDEN, known, unknown).known_ids
+    absent = next(c for c in range(8) if not (ids[0, 0] == c).any())
+    parts = decompose(HIDDEN, known, unknown, known={absent: 0.0})
+    assert not parts.epsilon.any(), ("at some tokens the concept was not selected: with epsilon "
+                                     "there, and without it elsewhere, tokens would not compare")
+
+
 @pytest.mark.parametrize("which", ["known", "unknown"])
 def test_keeping_epsilon_changes_the_edited_contribution_and_nothing_else(which):
     known, unknown = heads()

@@ -86,6 +86,15 @@ def test_departure_the_weight_of_an_unselected_unknown_concept_is_set(model, gol
         "not selected: the official sparse path subtracts a weight that was never added")
 
 
+def test_a_later_call_leaves_the_result_of_an_earlier_one_alone(model, golden):
+    tokens = golden["input_ids"]
+    first = run(model, tokens)
+    before = {name: x.clone() for name, x in vars(first).items()}
+    run(model, tokens.flip(0), known={3: 1.5})
+    for name, x in vars(first).items():
+        assert torch.equal(x, before[name]), f"{name}: two results may not share memory"
+
+
 def test_departure_an_edit_keeps_topk_known_features_concepts(model, golden):
     other = Steerling(dataclasses.replace(model.config, topk_known=2, topk_known_features=4))
     other.load_state_dict(model.state_dict())

@@ -401,6 +401,7 @@ def asked(run, tiny_folder, tmp_path, monkeypatch):
 
 
 def test_the_model_says_how_it_likes_to_write_and_flags_decide(asked):
+    ours = dict(sample.DEFAULTS)
     plain = asked(None, new=None)
     assert (plain["repetition_penalty"], plain["top_p"], plain["allow_eos"], plain["align"],
             plain["entropy_sampling"], plain["new"]) == (1.1, 0.8, False, True, True, 128)
@@ -415,6 +416,7 @@ def test_the_model_says_how_it_likes_to_write_and_flags_decide(asked):
     assert (flags["repetition_penalty"], flags["top_p"], flags["allow_eos"], flags["align"],
             flags["temperature"], flags["new"]) == (1.2, 0.9, False, True, 0, 5)
     assert asked({"max_new_tokens": 9999}, new=None)["new"] == 256 - 3, "what there is room for"
+    assert sample.DEFAULTS == ours, "one model's defaults are not the next one's"
 
 
 @pytest.mark.parametrize("generation, message", [

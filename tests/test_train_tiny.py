@@ -311,6 +311,17 @@ def test_a_logged_loss_is_the_mean_of_the_steps_since_the_last_one(run, tmp_path
         ("step 1", True), ("step 5", False), ("step 10", False)], "what is in the curve stays"
 
 
+def test_what_is_shown_between_is_the_mean_so_far_too(run, monkeypatch):
+    """A single step's losses, between lines of means, would look as if the loss jumped."""
+    numbers = iter(range(1, 8))
+    monkeypatch.setattr(train_tiny, "take_step",
+                        lambda *args: {"token": torch.tensor(float(next(numbers)))})
+    monkeypatch.setattr(train_tiny, "PRINT_EVERY", 0)
+    said = re.findall(r"^step (\d): .* token ([\d.]+)", run("--steps", 7), re.M)
+    assert said == [("1", "1.000"), ("2", "1.500"), ("3", "2.000"), ("4", "2.500"), ("5", "3.000"),
+                    ("6", "6.000"), ("7", "6.500")], "of the steps since step 5, which was logged"
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 

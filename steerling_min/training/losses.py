@@ -166,9 +166,10 @@ def compose(hidden: Tensor, known: Tensor, unknown: Tensor, labelled: Tensor, dr
         composed =   force_known * labelled              + (1 - force_known) * known
                  + force_unknown * (hidden - labelled)   + (1 - force_unknown) * unknown
 
-    There is a trap. With both sides forced, the sum is labelled + (hidden - labelled): `hidden`
-    again. Epsilon is gone, but no gradient reaches the heads. So force_unknown is 0 by default, and
-    the unknown side is the predicted one. Nothing is detached.
+    There is a trap. With both sides forced fully, the sum is labelled + (hidden - labelled):
+    `hidden` again. Epsilon is gone, but no gradient reaches the heads until one of the two weights
+    falls. So force_unknown is 0 by default, and the unknown side is the predicted one. Nothing is
+    detached.
 
     Args: hidden, known, unknown (features of the heads' top-k) and labelled (the true labels'
     embeddings, summed), (..., D); dropped (...) bool, where epsilon is left out, or a shape that
