@@ -4,7 +4,12 @@
 
 `known` is a weighted sum of the embeddings of a few concepts that were named before training. A
 weight is a sigmoid, not part of a softmax, as several concepts can be present at once. Only the k
-largest count, so that an explanation is short.
+largest count, so that an explanation is short:
+
+    logits, ids = known_head.logits(hidden).topk(k)                              # (B, T, k) each
+    known = (logits.sigmoid()[..., None] * known_head.embedding(ids)).sum(-2)    # (B, T, D)
+
+(The code below does this without holding the k embeddings of every token, and can edit weights.)
 `unknown` is the same over concepts that the model found by itself. They may be named afterwards.
 (Guide Labs now calls them *discovered*; code and checkpoints keep `unknown`.) `epsilon` is
 *defined* as what the two leave unexplained.
