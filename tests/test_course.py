@@ -380,6 +380,12 @@ def test_the_list_for_programs_says_all_that_the_tables_say(run):
     assert listed["modifications"][1]["changes"] == list(MODIFICATIONS["pre-norm"].changes)
 
 
+def test_a_modification_says_which_tests_must_change_or_that_none_must(run):
+    for name, first in (("pre-norm", MODIFICATIONS["pre-norm"].changes[0]), ("infill", "none")):
+        said = run("show", name)[1]
+        assert re.search(rf"must change:\n  (tests/)?{re.escape(first)}\n", said)
+
+
 def test_the_teachers_page_answers_each_section_of_the_notebook_and_each_modification():
     cells = json.loads((REPOSITORY / "walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]

@@ -130,7 +130,7 @@ def show(modification: Modification) -> None:
     """What a modification asks for."""
     print(textwrap.fill(modification.task, 88))
     print(f"\nWhere: {modification.where}\nThese tests must change:",
-          *(f"tests/{test}" for test in modification.changes), sep="\n  ")
+          *([f"tests/{test}" for test in modification.changes] or ["none"]), sep="\n  ")
     print("(So may others, by how you do it, and the numbers of lines in tests/test_house.py.)\n"
           f"These must not: {modification.keeps}\nParity with the official package (pytest -k "
           f"'parity or departure'): {modification.parity}")
