@@ -41,7 +41,6 @@ SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show c
 # --find and --score write no text: what they have a use for.
 FIND = {"find", "discovered", "labels", "model", "device", "dtype", "quantize"}
 SCORE = {"score", "prompt", "chat", "model", "device", "dtype", "quantize"}
-WORLD = Path()  # stands for the tiny world's stories
 MOST = 20  # concepts that --find lists
 # Where neither the command line nor the model says more. None: entropy sampling.
 DEFAULTS = {"max_new_tokens": 128, "temperature": None, "top_p": Options.top_p,
@@ -92,7 +91,7 @@ def parser() -> Parser:
         "(default: STEERLING_CONCEPTS_PATH, else concept_labels beside the checkpoint, else, for "
         "the 8B, in the hub's cache)")
 
-    add("--resembles", type=Path, nargs="?", const=WORLD, metavar="FILE", help="the training "
+    add("--resembles", type=Path, nargs="?", const=True, metavar="FILE", help="the training "
         "chunks that each chunk of the (first) text is most like: FILE's, plain text or "
         ".jsonl as for train_tiny.py --text (default: the tiny world's stories)")
 
@@ -145,13 +144,15 @@ def parse_args() -> argparse.Namespace:
     files = [target(file) for file in (args.html, args.svg) if file]
     if len(files) > len(set(files)):
         p.error(f"--html and --svg would both write {args.svg}: give two files")
-    if args.prompt is None and args.find is None:
-        if sys.stdin is None or sys.stdin.isatty():
-            p.error("no prompt: give --prompt TEXT, or pipe one in")
-        try:
-            args.prompt = sys.stdin.read().removeprefix("\ufeff").rstrip("\n")
-        except UnicodeDecodeError:
-            p.error("the prompt on standard input is not UTF-8 text")
+    try:
+        if args.prompt is None and args.find is None:
+            if sys.stdin is None or sys.stdin.isatty():
+                p.error("no prompt: give --prompt TEXT, or pipe one in")
+            text = sys.stdin.read().removeprefix("\ufeff")
+            args.prompt = text.replace("\r\n", "\n").rstrip("\n")
+        "".join([args.prompt or "", *(args.score or [])]).encode()  # bytes may be hidden in it
+    except UnicodeError:
+        p.error("the prompt, or a text to score, is not UTF-8")
     if args.seed is None:
         args.seed = random.randrange(2**31)
     return args
@@ -306,6 +307,8 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
     """Generate, then print each text and one closing line of figures, or all of it as JSON."""
     new = args.max_new_tokens
     steering = steering_of(args.steer, labels, args.suppression)
+    if args.resembles:  # read now what the text is to be compared with: it may not be readable
+        corpus = texts_of_world(model) if args.resembles is True else texts_of_file(args.resembles)
     if args.compile:
         for block in model.transformer.blocks:  # one after the other: all are compiled once
             block.compile(dynamic=True)  # the window's and the cache's lengths vary
@@ -329,7 +332,6 @@ def write(model: Steerling, tokenizer: Tokenizer, labels: Labels, prompt: list[i
         for row, sample in enumerate(samples):
             sample |= explain(model, tokenizer, labels, steps, row, steering)
     if args.resembles:
-        corpus = texts_of_world(model) if args.resembles == WORLD else texts_of_file(args.resembles)
         samples[0]["resembles"] = resemblances(model, tokenizer, labels, last.tokens[0].tolist(),
                                                corpus)
     if args.json:

@@ -392,7 +392,7 @@ def parse_args() -> Namespace:
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
             ("top", args.top >= 1, "at least 1"),
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
-            ("out", args.out != Path(), "a folder of the run's own"),
+            ("out", args.resume or args.out != Path(), "a folder of the run's own"),
             ("size", not (args.size and args.init), "the model of --init has its own"),
             ("vocab", args.vocab == VOCAB or args.text and not args.init,
              "for --text only, and the model of --init has its own"),

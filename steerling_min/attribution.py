@@ -63,7 +63,7 @@ def attribute(model: Steerling, hidden: Tensor, tokens: Tensor,
     weights, and the epsilon that was left, are applied again (`decompose_under`). (Injections are
     in the hidden states already. Suppression acts on logits, after all this.)
     """
-    steering = steering or Steering()
+    steering = Steering() if steering is None else steering
     everywhere = torch.ones(1, len(tokens), dtype=torch.bool, device=hidden.device)
     y = model.transformer.tok_emb(tokens)  # (n, D)
     parts, found = decompose_under(steering, model, hidden), []

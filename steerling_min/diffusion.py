@@ -86,13 +86,13 @@ def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = No
     The concept heads are not needed: with epsilon, composed = hidden.
     Args: tokens (B, T) without masks; asked (B, T) bool on the CPU, by default all; samples, the
     draws per block; generator on the CPU. Raises ValueError("nothing to score: ...") where a row
-    has no token asked about, or samples < 1; and as `require_tokens` does.
+    has no token asked about, or has a mask, or samples < 1; and as `require_tokens` does.
     """
     require_tokens("tokens", tokens, model.config)
     asked = torch.ones(tokens.shape, dtype=torch.bool) if asked is None else asked
     (B, T), S, device = tokens.shape, model.config.diff_block_size, tokens.device
-    if not asked.any(1).all() or samples < 1:
-        raise ValueError(f"nothing to score: a row has no token asked about, or {samples = } < 1")
+    if not asked.any(1).all() or samples < 1 or (tokens == model.config.mask_token_id).any():
+        raise ValueError(f"nothing to score: a row has a mask, or nothing asked, or {samples = }")
     nats = torch.zeros(B, device=device)
     for block in range(0, T, S):
         here = asked[:, None, block : block + S]  # (B, 1, up to S)

@@ -108,9 +108,11 @@ def initial_std(name: str, n_layers: int) -> float:
 
 def require_tokens(name: str, tokens: Tensor, config: Config, least: int = 1) -> None:
     """Raise ValueError unless tokens (B, T) are ids of the vocabulary, B >= 1 and T >= least."""
-    if (tokens.dim() != 2 or len(tokens) == 0 or tokens.shape[1] < least
-            or tokens.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(f"{name} must be whole numbers of shape (B, T), B >= 1 and T >= {least}; "
-                         f"got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if (not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) == 0
+            or tokens.shape[1] < least or tokens.dtype not in (torch.int32, torch.int64)):
+        got = (f"{tokens.dtype} of shape {tuple(tokens.shape)}" if isinstance(tokens, Tensor) else
+               type(tokens).__name__)
+        raise ValueError(f"{name} must be a tensor of whole numbers, of shape (B, T), B >= 1 and T "
+                         f">= {least}; got {got}")
     if ((tokens < 0) | (tokens >= config.vocab_size)).any():
         raise ValueError(f"{name}: a token id is outside the vocabulary of {config.vocab_size}")

@@ -84,7 +84,7 @@ def unmask(model: Steerling, prompt_tokens: Tensor | Sequence[Sequence[int]],
     how.check(config)
     tokens, L = start_tokens(model, prompt_tokens, max_new_tokens)  # (B, T)
     (B, T), device = tokens.shape, tokens.device
-    steerer = Steerer(steering or Steering(), model)
+    steerer = Steerer(Steering() if steering is None else steering, model)
     rows = 2 * B if how.cfg_scale > 0 else B
     cache = KVCache.empty(config, rows, T, model.dtype, device) if use_cache else None
     roles = special_roles(config, how, device)

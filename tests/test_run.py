@@ -218,11 +218,19 @@ def test_a_runs_folder_and_those_above_it_are_made(run, tmp_path):
     assert (tmp_path / "new" / "er" / MODEL).exists()
 
 
-def test_a_run_that_was_killed_in_its_first_save_may_begin_anew(run, tmp_path):
+def test_a_model_that_lacks_its_run_is_not_written_over(run, tmp_path):
+    """As in a copy that is not complete."""
     run("--steps", 2)
-    (tmp_path / "out" / RUN).unlink()  # it is written last
+    (tmp_path / "out" / RUN).unlink()
     assert f"has no {RUN}" in run("--resume", status=2)
-    run("--steps", 3)
+    assert "holds a model (model.safetensors), and no run" in run("--steps", 3, status=2)
+
+
+def test_a_run_goes_on_without_its_old_lock(run, tmp_path):
+    """People delete lock files, and copies leave them out."""
+    run("--steps", 2)
+    (tmp_path / "out" / LOCK).unlink()
+    assert "step 3" in run("--resume", "--steps", 3)
 
 
 @pytest.mark.parametrize("out, message", [

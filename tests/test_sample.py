@@ -654,6 +654,27 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_what_a_text_is_compared_with_is_read_before_it_is_written(run, monkeypatch):
+    monkeypatch.setattr(sample, "unmask", lambda *args, **options: pytest.fail("written in vain"))
+    for file in ("no/file", "."):
+        result = run("--resembles", file)
+        assert result.code == 2 and file in result.err
+
+
+def test_line_ends_of_windows_are_those_of_others(run):
+    windows, other = (parts(run("--seed", 1, stdin=io.StringIO(text)).out)[1]
+                      for text in ("ab\r\ncd\r\n", "ab\ncd\n"))
+    assert windows == other
+
+
+@pytest.mark.parametrize("given", [["--prompt", "\udcff"], ["--score", "\udcff"]], ids=str)
+def test_bytes_that_are_no_utf8_are_refused_wherever_they_come_from(run, given):
+    """Where the locale is C, Python hides them in characters that no file can hold."""
+    new = None if given[0] == "--score" else 8
+    assert "is not UTF-8" in refusal(run(*given, new=new))
+    assert "is not UTF-8" in refusal(run(stdin=io.StringIO("caf\udce9")))
+
+
 @pytest.mark.parametrize("stdin", [
     Terminal("never read"), io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")],
     ids=["a terminal", "not UTF-8"])

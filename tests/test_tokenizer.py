@@ -11,6 +11,7 @@ import pytest
 import regex
 import requests
 import tiktoken
+import torch
 from conftest import TEXT
 
 from steerling_min import Config, Tokenizer
@@ -69,6 +70,14 @@ def test_whatever_the_model_writes_can_be_decoded(cl100k):
     assert "<|" not in cl100k.decode(range(100_256, cl100k.vocab_size)), "all of them special"
     assert len(everything) > 100_000
     assert cl100k.decode([100_256, 9906], specials=True) == "<|unused_100256|>Hello"
+
+
+def test_what_generate_returns_can_be_decoded_as_it_is():
+    """Without .tolist(), which everybody forgets. Numbers that come one by one will do, too."""
+    tokenizer = Tokenizer.from_ranks({bytes([byte]): byte for byte in range(256)})
+    ids = [97, tokenizer.endofchunk_token_id, 98, tokenizer.mask_token_id, 99]
+    for given in (ids, torch.tensor(ids), iter(ids)):
+        assert tokenizer.decode(given) == "a\nb"
 
 
 @pytest.mark.parametrize("error", [requests.ConnectionError("no\nroute"), TimeoutError(),

@@ -362,7 +362,7 @@ def test_an_option_that_cannot_be_honoured_is_named(model, options, message):
     ([1, 2], "batch of equally long lists of token ids"),
     ("The", "batch of equally long lists"), (["The"], "batch of equally long"), (7, "batch of"),
     (None, "batch of"), ([[1, None]], "batch of"), ([[1, 2**70]], "batch of"),
-    ([[1.7]], "prompt_tokens must be whole numbers"),
+    ([[1.7]], "prompt_tokens must be a tensor of whole numbers"),
     ([[1, 300]], "outside the vocabulary of 300"),
     ([[1, -1]], "outside the vocabulary"),
     ([[1, 299]], "mask token 299"),
@@ -383,6 +383,8 @@ def test_a_prompt_that_cannot_be_continued_is_named(model, prompt, message):
 def test_what_are_no_token_ids_is_named(model, ask, tokens):
     with pytest.raises(ValueError, match="tokens"):
         ask(model, torch.tensor(tokens))
+    with pytest.raises(ValueError, match="tokens must be a tensor .* got list"):
+        ask(model, tokens)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])

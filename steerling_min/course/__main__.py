@@ -61,7 +61,9 @@ def start(exercise: Exercise) -> None:
     line = find(exercise, text).lineno
     if state(exercise):
         raise ValueError(f"{exercise.name} is {state(exercise)} already: write it, or restore it")
-    write(kept(exercise), text)
+    # the file without a blank, where another of its exercises is started already
+    whole = [kept(e) for e in EXERCISES.values() if file_of(e, ROOT) == file and kept(e).is_file()]
+    write(kept(exercise), read(whole[0]) if whole else text)
     write(file, blanked(exercise, text))
     name = exercise.where.split()[1]
     docstrings = "its docstring and its class's say" if "." in name else "its docstring says"

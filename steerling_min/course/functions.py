@@ -13,7 +13,7 @@ def file_of(exercise: Exercise, root: Path) -> Path:
 
 def read(file: Path) -> str:
     """A file's text; bytes that are no UTF-8 survive being written again."""
-    return file.read_text(encoding="utf-8", errors="surrogateescape")
+    return file.read_text(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def write(file: Path, text: str) -> None:

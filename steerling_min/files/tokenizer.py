@@ -11,7 +11,7 @@ of this file, `byte_pairs` learns such ranks.
 import base64
 import codecs
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -142,7 +142,7 @@ class Tokenizer:
                 ids += [*self.encode(content), self.endofchunk_token_id, self.eot_id]
         return ids
 
-    def decode(self, ids: list[int], specials: bool = False) -> str:
+    def decode(self, ids: Iterable[int], specials: bool = False) -> str:
         """Turn token ids into text.
 
         Between pieces of text, <|endofchunk|> becomes a line break, and <|endoftext|> or <|bos|> a
@@ -153,6 +153,7 @@ class Tokenizer:
 
         Raises ValueError for an id that is not in the vocabulary.
         """
+        ids = list(map(int, ids))  # those of a tensor's row, too
         wrong = [i for i in ids if not 0 <= i < self.vocab_size]
         if wrong:
             raise ValueError(f"token id {wrong[0]} is not in the vocabulary of {self.vocab_size}")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..files.cli import printable
+from ..files.config_json import unique_keys
 from ..files.labels import Label
 from ..files.tokenizer import Tokenizer
 from . import world
@@ -307,7 +308,7 @@ def read_documents(file: Path) -> list[list[dict]]:
         raise ValueError(f"{file} has bytes that are 0: it is no text, or it is not UTF-8")
     if not text.strip():
         raise ValueError(f"{file} has no text")
-    if file.suffix.lower() != ".jsonl":
+    if file.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
         return [[{"text": text, "concepts": [], "messages": []}]]
     lines = [read_line(line, f"{file}, line {number}")
              for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -319,7 +320,7 @@ def read_line(line: str, where: str) -> dict:
     """A line of a .jsonl file, checked: a field that is not known may be one that is misspelt."""
     unknown, fine = [], False
     try:
-        chunk = json.loads(line)
+        chunk = json.loads(line, object_pairs_hook=unique_keys)
         unknown = sorted(chunk.keys() - FIELDS)
         names = chunk.setdefault("concepts", [])
         turns = [(turn["role"], turn["content"]) for turn in chunk.get("messages", [])]

@@ -101,12 +101,11 @@ class Run:
         self.lock = FileLock(self.folder / LOCK, timeout=0)
         if RANK > 0:
             return
-        if (self.folder / RUN).exists() and not self.resumed:
+        held = [x for x in (RUN, INDEX, "model.safetensors") if (self.folder / x).exists()]
+        if held and not self.resumed:
             raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, "
-                             "another --out starts a new one")
-        held = [x for x in (INDEX, "model.safetensors") if (self.folder / x).exists()]
-        if held and not (self.folder / LOCK).exists():  # else a run left it in its first save
-            raise ValueError(f"{self.folder} holds a model ({held[0]}), and no run that could go "
+                             "another --out starts a new one" if held[0] == RUN else
+                             f"{self.folder} holds a model ({held[0]}), and no run that could go "
                              "on: train into another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         try:

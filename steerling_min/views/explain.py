@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from ..attribution import attribute_text, chunk_attribution, promoted
+from ..files.cli import printable
 from ..files.labels import Labels
 from ..model import Steerling
 from ..steering import Steering
@@ -107,7 +108,7 @@ def print_explanation(explained: dict, top: int = 3) -> None:
     def fit(start: str, concepts: list[dict], measure: str, form: str) -> str:
         """A line with as many of the concepts as there is room for."""
         items = [f" {x[measure]:{form}}" for x in concepts]
-        items = [x["name"][: COLUMNS - len(start) - len(value)] + value
+        items = [printable(x["name"])[: COLUMNS - len(start) - len(value)] + value
                  for x, value in zip(concepts, items)]
         while len(start) + len(", ".join(items)) > COLUMNS:
             items.pop()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..attribution import embed_chunks, present, resembling
+from ..files.cli import printable
 from ..files.labels import Labels
 from ..files.tokenizer import Tokenizer
 from ..model import Steerling
@@ -67,4 +68,4 @@ def print_resemblances(found: list[dict]) -> None:
         print(f"\n{chunk['text'].strip()}")
         for other in chunk["like"]:
             print(f"  {other['cosine']:.2f}  {other['text']}\n        both: "
-                  + (", ".join(other["shared"]) or "no known concept"))
+                  + (", ".join(map(printable, other["shared"])) or "no known concept"))
