@@ -255,10 +255,10 @@ def mark(root: Path, args: Namespace) -> None:
     lists = [folder / "steerling_min" / "course" / HANDED_OUT.name for folder in args.folders]
     given = {x for y in lists if y.is_file() for x in read(y).split()}
     chosen = [e for e in EXERCISES.values() if (e in args.names if args.names else e.name in given)]
-    if not chosen:
-        raise ValueError("no folder says what was handed out: give --exercises NAME ...")
     if none := [folder for folder in args.folders if not folder.is_dir()]:
         raise ValueError(f"{none[0]} is no folder: unpack what was handed in")
+    if not chosen:
+        raise ValueError("no folder says what was handed out: give --exercises NAME ...")
     if not 0 < args.seconds < math.inf:
         raise ValueError(f"--seconds {args.seconds}: above 0")
     if args.csv and args.csv == args.json:
