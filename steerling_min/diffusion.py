@@ -69,9 +69,12 @@ def likelihood_bound(model: Steerling, tokens: Tensor, asked: Tensor | None = No
     that the n asked about are written one by one, in a random order. When m of them are still
     masked, the next one costs, on average, the mean of the m cross-entropies. A whole order costs
     the sum of these means over m = n, ..., 1, which is n times their average. So one drawn m, with
-    m random tokens masked, gives the estimate n/m times the sum of their cross-entropies. A block's
-    samples are averaged, blocks are added up, and the sum is divided by the row's tokens asked
-    about.
+    m random tokens masked, gives the estimate n/m times the sum of their cross-entropies:
+
+        bound of a block = n * E[mean cross-entropy at m random masks], m uniform on 1 .. n
+
+    A block's samples are averaged, blocks are added up, and the sum is divided by the row's tokens
+    asked about.
 
     Why is it a bound? The block's probability is the mean of p over all orders. The mean of -log p
     is never less than -log of that mean (Jensen). So this bounds a writer with a random order. The
