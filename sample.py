@@ -39,8 +39,8 @@ from steerling_min.views.watch import live, watch
 
 SHOWING = ("explain", "json", "html", "svg", "resembles")  # options that show concepts' names
 # --find and --score write no text: what they have a use for.
-FIND = {"find", "discovered", "labels", "model", "device", "dtype", "quantize"}
-SCORE = {"score", "prompt", "chat", "model", "device", "dtype", "quantize"}
+MODEL = {"model", "device", "dtype", "quantize"}
+FIND, SCORE = {"find", "discovered", "labels", *MODEL}, {"score", "prompt", "chat", *MODEL}
 MOST = 20  # concepts that --find lists
 # Where neither the command line nor the model says more. None: entropy sampling.
 DEFAULTS = {"max_new_tokens": 128, "temperature": None, "top_p": Options.top_p,
@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
     """
     p = parser()
     args = p.parse_args()
-    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    given = p.given(args).keys()
     for flag, others in ("find", given - FIND), ("score", given - SCORE), ("json", {"watch"}):
         for other in sorted(given & others) if flag in given else ():
             p.error(f"--{flag} and --{other.replace('_', '-')} exclude each other: give one")

@@ -310,7 +310,7 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
             for name, loss in losses.items():
                 recent.setdefault(name, []).append(loss.detach())
             logged = run.step % LOG_EVERY == 0
-            shown = RANK == 0 and now - printed >= (1 if run.terminal else PRINT_EVERY)
+            shown = RANK == 0 and (logged or now - printed >= (1 if run.terminal else PRINT_EVERY))
             if logged or shown:  # the means since the last line of the curve
                 means = {name: torch.stack(x).mean().item() for name, x in recent.items()}
             if logged:
@@ -325,7 +325,7 @@ def train(objective: Objective, corpus: Stories | Texts, args: Namespace, run: R
                         f"at step {run.step} the loss is not a number any more: try a smaller --lr "
                         f"than {args.lr}; what was saved before is intact")
                 run.history.append({"step": run.step, **means})
-            if logged and RANK == 0 or shown:
+            if shown:
                 speed = (run.step - first) * args.batch * config.block_size / (now - started)
                 left = run.seconds / 60 * (1 / run.done() - 1)
                 said = ", ".join(f"{name} {loss:.3f}" for name, loss in means.items())
@@ -383,10 +383,10 @@ def parse_args() -> Namespace:
     args = parse_options(p)
     if not 0 <= RANK < WORLD:
         p.error("RANK and WORLD_SIZE, which torchrun sets, must be a number and a larger one")
-    trains = {name: value for name, value in vars(args).items() if name not in EVALUATE}
+    given = p.given(args)
     for name, ok, supported in (
-            *((name, args.evaluate is None or value == p.get_default(name),
-               "for training, and --evaluate trains nothing") for name, value in trains.items()),
+            *((name, args.evaluate is None, "for training, and --evaluate trains nothing")
+              for name in given if name not in EVALUATE),
             ("steps", args.steps is None or args.steps >= 1, "at least 1"),
             ("minutes", args.minutes is None or 0 < args.minutes < math.inf, "above 0"),
             ("lr", 0 < args.lr < 1, "above 0 and below 1"),
@@ -394,9 +394,9 @@ def parse_args() -> Namespace:
             ("seed", 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
             ("out", args.resume or args.out != Path(), "a folder of the run's own"),
             ("size", not (args.size and args.init), "the model of --init has its own"),
-            ("vocab", args.vocab == VOCAB or args.text and not args.init,
+            ("vocab", "vocab" not in given or args.text and not args.init,
              "for --text only, and the model of --init has its own"),
-            ("top", args.top == p.get_default("top") or args.concepts, "for --concepts only"),
+            ("top", "top" not in given or args.concepts, "for --concepts only"),
             ("batch", args.batch >= 1 and args.batch % WORLD == 0,
              f"a positive multiple of the {WORLD} processes")):
         if not ok:

@@ -103,7 +103,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 # ---- training ------------------------------------------------------------------------------------
 
 SMALL = {"n_layers": 1, "n_embd": 32, "n_head": 2, "n_kv_heads": 1, "block_size": 64}
-SHARED = ["--device", "cpu", "--batch", "4"]
+DEVICE = ["--device", "cpu"]
+SHARED = [*DEVICE, "--batch", "4"]
 
 
 @pytest.fixture
@@ -112,9 +113,8 @@ def run(tmp_path, monkeypatch, capsys):
     import train_tiny
 
     def run(*arguments, out=tmp_path / "out", status=0, LOG_EVERY=5, SAVE_EVERY=0):
-        trains = [] if "--evaluate" in arguments else ["--out", out, "--batch", 4]
-        monkeypatch.setattr(sys, "argv", [
-            "train_tiny.py", "--device", "cpu", *map(str, [*trains, *arguments])])
+        usual = DEVICE if "--evaluate" in arguments else ["--out", out, *SHARED]
+        monkeypatch.setattr(sys, "argv", ["train_tiny.py", *map(str, [*usual, *arguments])])
         monkeypatch.setitem(train_tiny.SIZES, "tiny", SMALL)
         monkeypatch.setattr(train_tiny, "WARMUP", 5)
         monkeypatch.setattr(train_tiny, "LOG_EVERY", LOG_EVERY)

@@ -667,12 +667,12 @@ def test_line_ends_of_windows_are_those_of_others(run):
     assert windows == other
 
 
-@pytest.mark.parametrize("given", [["--prompt", "\udcff"], ["--score", "\udcff"]], ids=str)
-def test_bytes_that_are_no_utf8_are_refused_wherever_they_come_from(run, given):
+@pytest.mark.parametrize("options, how", [
+    (["--prompt", "\udcff"], {}), (["--score", "\udcff"], {"new": None}),
+    ([], {"stdin": io.StringIO("caf\udce9")})], ids=["prompt", "score", "piped"])
+def test_bytes_that_are_no_utf8_are_refused_wherever_they_come_from(run, options, how):
     """Where the locale is C, Python hides them in characters that no file can hold."""
-    new = None if given[0] == "--score" else 8
-    assert "is not UTF-8" in refusal(run(*given, new=new))
-    assert "is not UTF-8" in refusal(run(stdin=io.StringIO("caf\udce9")))
+    assert "is not UTF-8" in refusal(run(*options, **how))
 
 
 @pytest.mark.parametrize("stdin", [

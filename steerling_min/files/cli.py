@@ -20,6 +20,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{arg}: -- is no value")
         return super().parse_known_args(args, namespace)
 
+    def given(self, args: argparse.Namespace) -> dict:
+        """The options whose values are not the defaults."""
+        return {name: x for name, x in vars(args).items() if x != self.get_default(name)}
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {printable(message, 1000)} (--help lists the options)\n")
 
